@@ -1,0 +1,313 @@
+"""What a model is: frozen dataclasses, and a reader of config.json that never guesses.
+
+The three variants differ only in where an image's tiles go (`Routing`): into the decoder's sequence, into the
+keys and values of gated cross-attention, or nowhere. Sources: NVLM paper (arXiv 2409.11402) sections 3 and 4.5,
+the NVLM-D-72B config.json, Megatron-LM examples/multimodal/nvlm.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Tiles = Literal["none", "thumbnail", "regular", "all"]
+TagFormat = Literal["none", "1d", "grid", "bbox"]
+VARIANTS = ("d", "x", "h")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """An InternViT tower. `num_dummy_heads` all-zero heads pad the checkpoint file, never the memory."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+    norm_type: Literal["rms_norm", "layer_norm"]
+    qk_normalization: bool
+    qkv_bias: bool
+    num_dummy_heads: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN, as Qwen2 publishes it for 131,072 tokens: factor 4 over 32,768."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Qwen2 (QKV bias) or Llama (no bias) decoder."""
+
+    architecture: Literal["Qwen2ForCausalLM", "LlamaForCausalLM"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.architecture == "Qwen2ForCausalLM"
+
+
+@dataclass(frozen=True)
+class CrossConfig:
+    """Gated cross-attention. The paper leaves placement, feed-forward and positions open; these are our switches.
+
+    `positions` "sinusoidal" adds the place of a key in its sequence to the key/value input. Attention is blind to
+    the order of its keys, so without it NVLM-H cannot tell which tile a tag stands beside.
+    """
+
+    layers: tuple[int, ...]
+    placement: Literal["inside", "before"] = "inside"
+    ffn: Literal["none", "swiglu", "gelu4x"] = "none"
+    positions: Literal["none", "sinusoidal"] = "none"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the tiles of an image go."""
+
+    decoder: Tiles
+    cross: Tiles
+    tags: Literal["decoder", "cross"]  # which of the two sequences holds the tile tags
+
+
+ROUTING = {
+    "d": Routing(decoder="all", cross="none", tags="decoder"),
+    "x": Routing(decoder="none", cross="all", tags="decoder"),
+    "h": Routing(decoder="thumbnail", cross="regular", tags="cross"),
+}
+
+
+@dataclass(frozen=True)
+class NVLMConfig:
+    """A whole model. `ps_version`: order of the pixel shuffle. `thumbnail_tag`: the text before a thumbnail."""
+
+    variant: Literal["d", "x", "h"]
+    vision: VisionConfig
+    text: TextConfig
+    cross: CrossConfig | None
+    ps_version: Literal["v1", "v2"] = "v2"
+    min_tiles: int = 1
+    max_tiles: int = 6
+    tile_tags: TagFormat = "1d"
+    thumbnail_tag: str = "<tile_global_thumbnail>"
+    projector_eps: float = 1e-5
+
+    @property
+    def routing(self) -> Routing:
+        return ROUTING[self.variant]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.vision.num_patches // 4
+
+    def __post_init__(self):
+        _check(self)
+
+
+def _check(config: NVLMConfig) -> None:
+    v, t, c = config.vision, config.text, config.cross
+    if v.hidden_size % v.num_attention_heads:
+        raise ValueError(f"vision hidden_size {v.hidden_size} is no multiple of its {v.num_attention_heads} heads")
+    if v.image_size % (2 * v.patch_size):
+        raise ValueError(f"image_size {v.image_size} must be a multiple of twice the patch_size {v.patch_size}")
+    if t.hidden_size % t.num_attention_heads or t.num_attention_heads % t.num_key_value_heads:
+        raise ValueError(
+            f"hidden_size {t.hidden_size}, {t.num_attention_heads} heads and {t.num_key_value_heads} "
+            f"key/value heads do not divide"
+        )
+    if (config.routing.cross == "none") != (c is None):
+        need = "no cross_attention" if c else "cross_attention in its config"
+        raise ValueError(f"NVLM-{config.variant.upper()} has {need}")
+    if c and (not c.layers or list(c.layers) != sorted({i for i in c.layers if 0 <= i < t.num_hidden_layers})):
+        raise ValueError(
+            f"cross_attention layers must be ascending numbers from 0 to {t.num_hidden_layers - 1}, got {list(c.layers)}"
+        )
+    if not 1 <= config.min_tiles <= config.max_tiles:
+        raise ValueError(f"min_tiles {config.min_tiles} and max_tiles {config.max_tiles} do not fit")
+
+
+class _Section:
+    """One object of config.json: every read names what is missing or not understood."""
+
+    def __init__(self, name: str, values: Mapping[str, Any]):
+        if not isinstance(values, Mapping):
+            raise ValueError(f"config: {name} must be an object, got {type(values).__name__}")
+        self.name, self.values = name, values
+
+    def need(self, key: str, kind: type = int) -> Any:
+        if self.values.get(key) is None:
+            raise ValueError(f"config: {self.name} has no {key!r}")
+        value = self.values[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"config: {self.name} {key!r} must be {kind.__name__}, got {value!r}")
+        return value
+
+    def choose(self, key: str, known: tuple, default: Any = None) -> Any:
+        """The value, which must be one of `known`; `default` where the key is absent, an error where that is None."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ValueError(f"config: {self.name} has no {key!r}")
+        if value not in known:
+            raise ValueError(f"config: {self.name} {key!r} must be {' or '.join(map(repr, known))}, got {value!r}")
+        return value
+
+
+def _vision_from_hf(values: Mapping[str, Any]) -> VisionConfig:
+    section = _Section("vision_config", values)
+    section.choose("hidden_act", ("gelu",), "gelu")
+    return VisionConfig(
+        hidden_size=section.need("hidden_size"),
+        intermediate_size=section.need("intermediate_size"),
+        num_hidden_layers=section.need("num_hidden_layers"),
+        num_attention_heads=section.need("num_attention_heads"),
+        image_size=section.need("image_size"),
+        patch_size=section.need("patch_size"),
+        layer_norm_eps=section.need("layer_norm_eps", float),
+        norm_type=section.choose("norm_type", ("rms_norm", "layer_norm"), "rms_norm"),  # absent in InternViT-6B's
+        qk_normalization=section.need("qk_normalization", bool),
+        qkv_bias=section.need("qkv_bias", bool),
+        num_dummy_heads=section.need("num_dummy_heads") if "num_dummy_heads" in values else 0,
+    )
+
+
+def _rope_from_hf(section: _Section) -> RopeScaling | None:
+    scaling = section.values.get("rope_scaling")
+    if scaling is None:
+        return None
+    rope = _Section("rope_scaling", scaling)
+    rope.choose("rope_type" if "rope_type" in scaling else "type", ("yarn",))
+    return RopeScaling(rope.need("factor", float), rope.need("original_max_position_embeddings"))
+
+
+def _text_from_hf(values: Mapping[str, Any]) -> TextConfig:
+    section = _Section("llm_config", values)
+    architecture = section.need("architectures", list)[:1]
+    if architecture not in (["Qwen2ForCausalLM"], ["LlamaForCausalLM"]):
+        raise ValueError(
+            f"config: llm_config architecture must be 'Qwen2ForCausalLM' or 'LlamaForCausalLM', got {architecture}"
+        )
+    section.choose("hidden_act", ("silu",))
+    section.choose("use_sliding_window", (False,), False)
+    section.choose("mlp_bias", (False,), False)
+    section.choose("attention_bias", (architecture == ["Qwen2ForCausalLM"],), architecture == ["Qwen2ForCausalLM"])
+    head_dim = section.need("hidden_size") // section.need("num_attention_heads")
+    section.choose("head_dim", (head_dim,), head_dim)
+    return TextConfig(
+        architecture=architecture[0],
+        vocab_size=section.need("vocab_size"),
+        hidden_size=section.need("hidden_size"),
+        intermediate_size=section.need("intermediate_size"),
+        num_hidden_layers=section.need("num_hidden_layers"),
+        num_attention_heads=section.need("num_attention_heads"),
+        num_key_value_heads=section.need("num_key_value_heads"),
+        rms_norm_eps=section.need("rms_norm_eps", float),
+        rope_theta=section.need("rope_theta", float),
+        max_position_embeddings=section.need("max_position_embeddings"),
+        tie_word_embeddings=section.need("tie_word_embeddings", bool),
+        rope_scaling=_rope_from_hf(section),
+    )
+
+
+def _cross_from_hf(values: Mapping[str, Any]) -> CrossConfig:
+    section = _Section("cross_attention", values)
+    return CrossConfig(
+        layers=tuple(section.need("layers", list)),
+        placement=section.choose("placement", ("inside", "before")),
+        ffn=section.choose("ffn", ("none", "swiglu", "gelu4x")),
+        positions=section.choose("positions", ("none", "sinusoidal"), "none"),
+    )
+
+
+def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
+    """A config.json in the published layout, architectures NVLM_D, NVLM_X or NVLM_H.
+
+    Keys this runtime has no use for are ignored; a value it needs and does not find, or does not know, is a
+    ValueError that names it. Absent keys fall back only on what the published code itself falls back on.
+    """
+    section = _Section("config.json", values)
+    architecture = section.need("architectures", list)[:1]
+    known = {f"NVLM_{variant.upper()}": variant for variant in VARIANTS}
+    if not architecture or architecture[0] not in known:
+        raise ValueError(f"config: architectures must be one of {sorted(known)}, got {section.values['architectures']}")
+    variant = known[architecture[0]]
+    vision = _vision_from_hf(section.need("vision_config", dict))
+    text = _text_from_hf(section.need("llm_config", dict))
+    section.choose("downsample_ratio", (0.5,))
+    section.choose("use_thumbnail", (True,))  # the published class defaults to false, the model needs true
+    section.choose("dynamic_image_size", (True,), True)
+    section.choose("force_image_size", (vision.image_size,), vision.image_size)
+    section.choose("select_layer", (-1,), -1)
+    section.choose("template", ("chatml",), "chatml")
+    thumbnail_tag = "<tile_global_thumbnail>" if text.architecture == "Qwen2ForCausalLM" else "<tile_global>"
+    return NVLMConfig(
+        variant=variant,
+        vision=vision,
+        text=text,
+        cross=_cross_from_hf(section.need("cross_attention", dict)) if variant != "d" else None,
+        ps_version=section.choose("ps_version", ("v1", "v2")),
+        min_tiles=section.need("min_dynamic_patch") if "min_dynamic_patch" in values else 1,
+        max_tiles=section.need("max_dynamic_patch") if "max_dynamic_patch" in values else 6,
+        tile_tags=section.choose("tile_tags", ("none", "1d", "grid", "bbox"), "1d"),
+        thumbnail_tag=section.need("thumbnail_tag", str) if "thumbnail_tag" in values else thumbnail_tag,
+    )
+
+
+def to_hf(config: NVLMConfig, dtype: str) -> dict[str, Any]:
+    """The config.json that `from_hf` reads back. dtype: the checkpoint's, as torch names it ("bfloat16")."""
+    vision, text = asdict(config.vision), asdict(config.text)
+    text["architectures"] = [text.pop("architecture")]
+    text |= {"hidden_act": "silu", "attention_bias": config.text.qkv_bias, "torch_dtype": dtype}
+    if config.text.rope_scaling:
+        text["rope_scaling"] = {"type": "yarn", **text["rope_scaling"]}
+    values = {
+        "architectures": [f"NVLM_{config.variant.upper()}"],
+        "model_type": f"NVLM_{config.variant.upper()}",
+        "torch_dtype": dtype,
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": config.vision.image_size,
+        "select_layer": -1,
+        "ps_version": config.ps_version,
+        "use_thumbnail": True,
+        "min_dynamic_patch": config.min_tiles,
+        "max_dynamic_patch": config.max_tiles,
+        "template": "chatml",
+        "tile_tags": config.tile_tags,
+        "thumbnail_tag": config.thumbnail_tag,
+        "vision_config": {"model_type": "intern_vit_6b", "hidden_act": "gelu", **vision},
+        "llm_config": text,
+    }
+    if config.cross:
+        values["cross_attention"] = asdict(config.cross) | {"layers": list(config.cross.layers)}
+    return values

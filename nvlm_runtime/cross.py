@@ -1,0 +1,75 @@
+"""Tanh-gated cross-attention: how NVLM-X and NVLM-H read image tokens without putting them into the sequence.
+
+    x += tanh(gate) * o_proj(tile_attention(q_proj(norm(x)), k, v, intervals))
+    x += tanh(ffn_gate) * ffn(ffn_norm(x))                        where the feed-forward is on
+
+B requests, T query tokens, S image tokens, H heads, Hkv kv heads, D head_dim, C hidden_size.
+A row whose interval is empty is changed by exactly nothing, attention and feed-forward alike, forward and backward.
+Keys and values depend on the image alone (`keys_values`), so they are computed once an image, never per token.
+The paper (section 4.3) fixes the tanh gate; the placement and the feed-forward are switches of `CrossConfig`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvlm_kernels import tanh_gated_add, tile_attention
+from nvlm_runtime.config import CrossConfig, TextConfig
+from nvlm_runtime.vision import RMSNorm
+
+
+def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
+    """[length, width] fp32: sines, then cosines, of the index at wavelengths from 2 pi to 2,000 pi."""
+    freqs = 1000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.arange(length, device=device)[:, None] * freqs
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class GatedCrossAttention(nn.Module):
+    """One gated layer. Every gate starts at 0: the decoder is then the bare language model, bit for bit."""
+
+    def __init__(self, text: TextConfig, cross: CrossConfig):
+        super().__init__()
+        size, head_dim = text.hidden_size, text.head_dim
+        self.head_dim = head_dim
+        self.positions = cross.positions
+        self.ffn = cross.ffn
+        self.norm = RMSNorm(size, text.rms_norm_eps)
+        self.q_proj = nn.Linear(size, text.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(size, text.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(size, text.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(text.num_attention_heads * head_dim, size, bias=False)
+        self.gate = nn.Parameter(torch.zeros(1))
+        if cross.ffn == "none":
+            return
+        self.ffn_norm = RMSNorm(size, text.rms_norm_eps)
+        self.ffn_gate = nn.Parameter(torch.zeros(1))
+        if cross.ffn == "swiglu":
+            self.gate_proj = nn.Linear(size, text.intermediate_size, bias=False)
+            self.up_proj = nn.Linear(size, text.intermediate_size, bias=False)
+            self.down_proj = nn.Linear(text.intermediate_size, size, bias=False)
+        else:
+            self.fc1 = nn.Linear(size, 4 * size, bias=False)
+            self.fc2 = nn.Linear(4 * size, size, bias=False)
+
+    def keys_values(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """embeds: [B, S, C] image tokens (NVLM-H: tags beside them). Returns k, v: [B, S, Hkv, D]."""
+        if self.positions == "sinusoidal":
+            embeds = embeds + sinusoids(embeds.shape[1], embeds.shape[2], embeds.device).to(embeds.dtype)
+        heads = (-1, self.head_dim)
+        return self.k_proj(embeds).unflatten(-1, heads), self.v_proj(embeds).unflatten(-1, heads)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.ffn == "swiglu":
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.fc2(F.gelu(self.fc1(x)))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
+        """x: [B, T, C]; k, v: [B, S, Hkv, D]; intervals: [B, T, 2]. Returns [B, T, C]."""
+        q = self.q_proj(self.norm(x)).unflatten(-1, (-1, self.head_dim))
+        out = tile_attention(q, k, v, intervals)  # 0 in rows that see nothing, and o_proj has no bias
+        x = tanh_gated_add(x, self.o_proj(out.flatten(2)), self.gate)
+        if self.ffn == "none":
+            return x
+        sees = (intervals[..., 1:] > intervals[..., :1])
+        return tanh_gated_add(x, torch.where(sees, self._feed_forward(self.ffn_norm(x)), 0), self.ffn_gate)

@@ -1,0 +1,146 @@
+"""Pretrains the micro models' shared vision tower on a dense target: what has its centre in each patch.
+
+Every patch of a rendered tile is asked for its glyph, and a glyph's patch also for its colour, its place in the
+line, its role and the label its tile carries; a shape's patches for shape and colour. Most patches are blank and
+weigh little. The heads are thrown away; the tower is frozen afterwards, as in the paper.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvlm_runtime.config import VisionConfig
+from nvlm_runtime.image import plan_tiles, tile_pixels
+from nvlm_runtime.micro.document import CHARS, COLOURS, LABELS, SHAPES, SIDE, Document, Tile, draw, make_document
+from nvlm_runtime.vision import InternViT
+
+ROLES = ("none", "word", "number", "label", "value", *SHAPES)
+TARGETS = {
+    "glyph": len(CHARS) + 1,
+    "role": len(ROLES),
+    "colour": len(COLOURS),
+    "place": 7,
+    "label": len(LABELS) + 1,
+}
+IGNORE = -100
+BLANK_WEIGHT = 0.05
+
+
+def dense_target(tile: Tile, side: int) -> Tensor:
+    """int64 [len(TARGETS), side*side], one row a target in the order of TARGETS, IGNORE where it does not apply."""
+    target = torch.full((len(TARGETS), side, side), IGNORE)
+    target[0] = target[1] = 0  # blank, no role
+    unit = SIDE / side
+    colours = list(COLOURS)
+    if tile.shape:
+        shape = tile.shape
+        centre = (torch.arange(side) + 0.5) * unit
+        inside = (centre[None] - shape.x).abs().maximum((centre[:, None] - shape.y).abs()) < 0.75 * shape.radius
+        target[1][inside] = ROLES.index(shape.name)
+        target[2][inside] = colours.index(shape.colour)
+    for line in tile.lines:
+        for place, (char, (x, y)) in enumerate(zip(line.text, line.centres(), strict=True)):
+            values = (
+                CHARS.index(char) + 1,
+                ROLES.index(line.role),
+                colours.index(line.colour),
+                place,
+                LABELS.index(tile.label) + 1 if tile.label else 0,
+            )
+            target[:, int(y / unit), int(x / unit)] = torch.tensor(values)
+    return target.flatten(1)
+
+
+def document_tiles(document: Document) -> Tensor:
+    """The regular tiles of a document as the model sees them: [cols*rows, 3, SIDE, SIDE]."""
+    plan = plan_tiles(document.width, document.height, SIDE)
+    return tile_pixels(draw(document), plan)[: plan.num_regular]
+
+
+class TileStream(torch.utils.data.IterableDataset):
+    """Batches of (pixel_values [batch, 3, SIDE, SIDE], targets [batch, 5, P]) from fresh documents, for ever."""
+
+    def __init__(self, split: str, batch: int, side: int):
+        self.split, self.batch, self.side = split, batch, side
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        index, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        pixels, targets = [], []
+        while True:
+            document = make_document(f"{self.split}:{index}")
+            index += step
+            pixels.extend(document_tiles(document))
+            targets.extend(dense_target(tile, self.side) for tile in document.tiles)
+            if len(pixels) >= self.batch:
+                yield torch.stack(pixels[: self.batch]), torch.stack(targets[: self.batch])
+                pixels, targets = pixels[self.batch :], targets[self.batch :]
+
+
+class DenseHeads(nn.Module):
+    """One linear classifier a target, on the tower's patch features."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in TARGETS.values())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.norm(x)
+        return [head(x) for head in self.heads]
+
+
+def _loss(outputs: list[Tensor], targets: Tensor) -> Tensor:
+    total = outputs[0].new_zeros(())
+    for row, logits in enumerate(outputs):
+        weight = torch.ones(logits.shape[-1])
+        if row < 2:
+            weight[0] = BLANK_WEIGHT
+        total = total + F.cross_entropy(logits.flatten(0, 1).float(), targets[:, row].flatten(), weight=weight)
+    return total
+
+
+def accuracy(outputs: list[Tensor], targets: Tensor) -> dict[str, float]:
+    """Share right a target; for glyph and role over the patches that hold something."""
+    shares = {}
+    for row, (name, logits) in enumerate(zip(TARGETS, outputs, strict=True)):
+        counted = targets[:, row] > 0 if row < 2 else targets[:, row] != IGNORE
+        shares[name] = (logits.argmax(-1) == targets[:, row])[counted].float().mean().item()
+    return shares
+
+
+def pretrain(
+    config: VisionConfig,
+    seed: int,
+    log: Callable[[str], None],
+    steps: int = 2000,
+    batch: int = 128,
+    lr: float = 2e-3,
+    compile: bool = True,
+    start: dict[str, Tensor] | None = None,
+) -> InternViT:
+    """Trains a tower on `steps` batches of tiles. Returns it frozen, in eval mode."""
+    torch.manual_seed(seed)
+    side = config.image_size // config.patch_size
+    tower, heads = InternViT(config), DenseHeads(config.hidden_size)
+    if start:
+        tower.load_state_dict(start)
+    encode = torch.compile(tower) if compile else tower
+    params = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    loader = torch.utils.data.DataLoader(TileStream(f"tower:{seed}", batch, side), batch_size=None, num_workers=1)
+    for step, (pixels, targets) in zip(range(steps), loader):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / 100, 1 - step / steps)
+        outputs = heads(encode(pixels))
+        loss = _loss(outputs, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        if step % 25 == 0 or step == steps - 1:
+            shares = " ".join(f"{name} {share:.3f}" for name, share in accuracy(outputs, targets).items())
+            log(f"tower step {step}/{steps} loss {loss.item():.3f} {shares}")
+    return tower.eval().requires_grad_(False)

@@ -1,0 +1,56 @@
+"""Rotary position embedding, with YaRN as Qwen2 publishes it for long contexts.
+
+    rotate(x, p) = x * cos(p * f) + half_turn(x) * sin(p * f)        f_i = theta^(-2i/D)
+
+Sources: transformers' Qwen2 (rotate-half layout, cos and sin rounded to the activations' dtype) and its YaRN
+(arXiv 2309.00071): low frequencies are divided by the factor, high ones kept, a ramp between, and cos and sin
+grow by 0.1 ln(factor) + 1.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nvlm_runtime.config import RopeScaling, TextConfig
+
+
+def _yarn(freqs: Tensor, theta: float, head_dim: int, scaling: RopeScaling) -> tuple[Tensor, float]:
+    def dimension(rotations: float) -> float:
+        turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return freqs / scaling.factor * (1 - keep) + freqs * keep, 0.1 * math.log(scaling.factor) + 1.0
+
+
+class Rotary(nn.Module):
+    """positions [B, T] to (cos, sin), each [B, T, 1, D] in fp32."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.scale = 1.0
+
+    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        c = self.config
+        exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
+        freqs, scale = 1.0 / (c.rope_theta**exponents), 1.0
+        if c.rope_scaling is not None:
+            freqs, scale = _yarn(freqs, c.rope_theta, c.head_dim, c.rope_scaling)
+        return freqs.to(device), scale
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        freqs, scale = self.frequencies(positions.device)
+        angles = positions[..., None].float() * freqs  # [B, T, D/2]
+        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+        return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [B, T, H, D]; cos, sin: [B, T, 1, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
