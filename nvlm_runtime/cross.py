@@ -71,5 +71,5 @@ class GatedCrossAttention(nn.Module):
         x = tanh_gated_add(x, self.o_proj(out.flatten(2)), self.gate)
         if self.ffn == "none":
             return x
-        sees = (intervals[..., 1:] > intervals[..., :1])
+        sees = intervals[..., 1:] > intervals[..., :1]
         return tanh_gated_add(x, torch.where(sees, self._feed_forward(self.ffn_norm(x)), 0), self.ffn_gate)

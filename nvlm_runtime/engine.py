@@ -79,9 +79,7 @@ class NVLM:
         self.dtype = next(model.parameters()).dtype
 
     @classmethod
-    def load(
-        cls, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> "NVLM":
+    def load(cls, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "NVLM":
         """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder.
 
         dtype: None is config.json's torch_dtype. Raises FileNotFoundError or ValueError as `weights.load` does.
@@ -159,7 +157,9 @@ class NVLM:
         **options: Any,
     ) -> Stream:
         """An answer piece by piece; bad input raises here, not at the first piece."""
-        return self.complete(self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style), **options)
+        return self.complete(
+            self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style), **options
+        )
 
     def complete(
         self,
@@ -227,7 +227,9 @@ class NVLM:
     def _encode(self, prepared: Prepared) -> Tensor:
         """Features of all tiles of a request, [N, P, 4 * vision hidden_size], one image at a time."""
         config = self.config
-        empty = torch.zeros(0, config.tokens_per_tile, 4 * config.vision.hidden_size, device=self.device, dtype=self.dtype)
+        empty = torch.zeros(
+            0, config.tokens_per_tile, 4 * config.vision.hidden_size, device=self.device, dtype=self.dtype
+        )
         images = [self.model.encode(pixels.to(self.device, self.dtype)) for pixels in prepared.pixel_values]
         return torch.cat([empty, *images])
 
@@ -242,7 +244,9 @@ class NVLM:
         timings["decode"] = 0.0
         while True:
             started = time.perf_counter()
-            pieces = ["" if row.finish_reason else row.accept(row.sampler.draw(logits[i])) for i, row in enumerate(rows)]
+            pieces = [
+                "" if row.finish_reason else row.accept(row.sampler.draw(logits[i])) for i, row in enumerate(rows)
+            ]
             done = all(row.finish_reason for row in rows)
             if not done:
                 with torch.inference_mode():

@@ -75,7 +75,9 @@ def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # the mass of likelier tokens: the first token always stays
-        probs = probs.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(0, order, before >= params.top_p), 0)
+        probs = probs.masked_fill(
+            torch.zeros_like(before, dtype=torch.bool).scatter(0, order, before >= params.top_p), 0
+        )
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.max(), 0)
     return probs / probs.sum()

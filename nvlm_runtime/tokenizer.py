@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the `tokenizers` library: tokenizer.json, Qwen's vocab.json + merges.txt, its rank file.
+"""Text to token ids and back, by the `tokenizers` library, from any of `FILES`.
 
 Text is only ever text: the name of a special token inside it is encoded as ordinary characters, so nobody who types
 "<|im_end|>" can end a turn. The id of a special token comes from `special(name)` alone, by its name, because published
@@ -100,7 +100,7 @@ class Tokenizer:
             raise ValueError(f"encode needs Unicode text, got {text!r:.60}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special tokens and ids above the vocabulary (padding rows of the embedding) are skipped."""
+        """The text of `ids`. Special tokens, and ids above the vocabulary (padding of an embedding), are skipped."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def is_text(self, token_id: int) -> bool:

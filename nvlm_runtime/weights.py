@@ -32,13 +32,13 @@ SINGLE = "model.safetensors"
 class Entry:
     """One tensor of a file: its place in a parameter.
 
-    rows: the slice of the parameter's first axis it fills. padded: the axis that carries dummy heads in the file
+    rows: the part [start, end) of the parameter's first axis it fills, None for all of it. padded: the axis that carries dummy heads in the file
     (None where there are none), cut into `thirds` equal parts that are padded one by one.
     """
 
     parameter: str
     shape: tuple[int, ...]
-    rows: slice = slice(None)
+    rows: tuple[int, int] | None = None
     padded: int | None = None
     thirds: int = 1
 
@@ -54,7 +54,7 @@ def _entries(model: NVLMModel) -> dict[str, Entry]:
         at = 0
         for part, rows in parts.items():
             name = _file_name(parameter.replace(joined, part))
-            entries[name] = Entry(parameter, (rows, *shape[1:]), slice(at, at + rows))
+            entries[name] = Entry(parameter, (rows, *shape[1:]), (at, at + rows))
             at += rows
 
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
@@ -74,6 +74,25 @@ def _entries(model: NVLMModel) -> dict[str, Entry]:
         else:
             entries[_file_name(parameter)] = Entry(parameter, shape)
     return entries
+
+
+def parameter_counts(config: NVLMConfig) -> dict[str, int]:
+    """Parameters of a checkpoint's parts and their total, dummy heads included, without allocating any."""
+    with torch.device("meta"):
+        entries = _entries(NVLMModel(config))
+    counts = dict.fromkeys(("vision", "projector", "decoder", "cross"), 0)
+    for name, entry in entries.items():
+        part = (
+            "cross"
+            if ".cross_attn." in name
+            else {"vision_model": "vision", "mlp1": "projector"}.get(name.split(".")[0])
+        )
+        counts[part or "decoder"] += math.prod(entry.shape)
+    return counts | {"total": sum(counts.values())}
+
+
+def _place(parameter: Tensor, entry: Entry) -> Tensor:
+    return parameter if entry.rows is None else parameter[slice(*entry.rows)]
 
 
 def _file_name(parameter: str) -> str:
@@ -209,7 +228,7 @@ def load(
             if entry.padded is not None:
                 tensor = _crop(tensor, entry, target.shape[entry.padded], name)
             with torch.no_grad():
-                target[entry.rows].copy_(tensor)
+                _place(target, entry).copy_(tensor)
     return model.eval(), values
 
 
@@ -224,7 +243,10 @@ def _dtype(values: Mapping[str, Any], file: Any, name: str) -> torch.dtype:
 
 
 def save(
-    model: NVLMModel, folder: Path, dtype: torch.dtype | None = None, run_dtype: torch.dtype | None = None,
+    model: NVLMModel,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    run_dtype: torch.dtype | None = None,
     shard_bytes: int = 4 << 30,
 ) -> None:
     """Writes config.json and the weights in the published layout, dummy heads put back.
@@ -245,9 +267,11 @@ def save(
             used = 0
         shards[-1].append(name)
         used += size
-    names = [SINGLE] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-    ]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     total = 0
     for file, shard in zip(names, shards, strict=True):
         tensors = {name: _to_file(parameters[entries[name].parameter], entries[name], dtype) for name in shard}
@@ -264,5 +288,5 @@ def save(
 
 
 def _to_file(parameter: Tensor, entry: Entry, dtype: torch.dtype) -> Tensor:
-    tensor = parameter.detach()[entry.rows].to("cpu", dtype)
+    tensor = _place(parameter.detach(), entry).to("cpu", dtype)
     return (_pad(tensor, entry) if entry.padded is not None else tensor).contiguous().clone()

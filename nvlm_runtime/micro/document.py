@@ -7,7 +7,7 @@ pixels a unit, the way a scan would be, and the model's own tiler brings it back
 
 import random
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -128,7 +128,9 @@ def _line(rng: random.Random, text: str, role: str, colour: str, top: float, bot
 
 
 def _tile(rng: random.Random, labels: list[str]) -> Tile:
-    content = rng.choice(("word", "number", "word number", "word number", "shape word", "shape number", "shape", "field"))
+    content = rng.choice(
+        ("word", "number", "word number", "word number", "shape word", "shape number", "shape", "field")
+    )
     if content == "field" and not labels:
         content = "word number"
     parts = content.split()
@@ -169,7 +171,7 @@ def make_document(seed: str, grid: tuple[int, int] | None = None) -> Document:
     return Document(kind, cols, rows, width, height, rng.choice(PAPERS), rng.uniform(0, 7), tiles, seed)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(char: str) -> Image.Image:
     """A glyph's coverage, cropped to its own width, cap height filling the picture."""
     font = ImageFont.load_default(64)

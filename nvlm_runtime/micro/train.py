@@ -3,21 +3,35 @@
 Everything is drawn from seeds. A work folder holds what the variants share and is reused when it is whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvlm_runtime.presets import MICRO_VISION, PRESETS
 from nvlm_runtime.micro.dataset import IGNORE, Batch, batches, write_features
 from nvlm_runtime.micro.questions import KINDS
 from nvlm_runtime.micro.tower import pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.presets import MICRO_VISION, PRESETS
+from nvlm_runtime.weights import save
 
 Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of a training run. batch: documents a step; num_questions: the most asked of one document at a time."""
+
+    steps: int = 2500
+    tower_steps: int = 3000
+    num_documents: int = 20000
+    batch: int = 32
+    num_questions: int = 8
+    lr: float = 2e-3
 
 
 def init_weights(model: NVLMModel) -> None:
@@ -64,39 +78,35 @@ class Score:
         return " ".join(f"{kind} {self.right[kind] / self.asked[kind]:.2f}" for kind in KINDS)
 
 
-def train(
-    variant: str,
-    seed: int,
-    work: Path,
-    log: Log,
-    steps: int = 4000,
-    tower_steps: int = 2000,
-    num_documents: int = 30000,
-    batch: int = 32,
-    num_questions: int = 8,
-    lr: float = 2e-3,
-) -> NVLMModel:
-    """A trained micro model of this variant ("d", "x" or "h"), in fp32."""
+def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, log: Log) -> None:
+    """Trains a micro model of this variant ("d", "x" or "h") and writes its checkpoint to `out`, weights in bfloat16."""
     config = PRESETS[f"micro-{variant}"]
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
     init_weights(model)
-    shared_tower(model, work, seed, tower_steps, log)
-    features = work / f"features-{seed}-{num_documents}.npy"
+    shared_tower(model, work, seed, recipe.tower_steps, log)
+    features = work / f"features-{seed}-{recipe.num_documents}.npy"
     if not features.exists():
-        write_features(model, features, seed, num_documents, log)
+        write_features(model, features, seed, recipe.num_documents, log)
+    stream = batches(config, tokenizer, features, seed, recipe.num_documents, recipe.batch, recipe.num_questions)
+    train_decoder(model, stream, recipe, log)
+    save(model, out, dtype=torch.bfloat16, run_dtype=torch.float32)
+    tokenizer.save(out)
+
+
+def train_decoder(model: NVLMModel, stream: Iterator[Batch], recipe: Recipe, log: Log) -> None:
+    """AdamW, linear decay after a warm-up, on everything but the tower; leaves the model in eval mode."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.05},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
     score = Score()
-    stream = batches(config, tokenizer, features, seed, num_documents, batch, num_questions)
-    for step, data in zip(range(steps), stream):
+    for step, data in zip(range(recipe.steps), stream):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 200, 1 - step / steps)
+            group["lr"] = recipe.lr * min((step + 1) / 200, 1 - step / recipe.steps)
         hidden = model(data.input_ids, data.layouts, data.features)
         answers = data.labels != IGNORE
         logits, labels = model.language_model.logits(hidden[answers]), data.labels[answers]
@@ -108,6 +118,6 @@ def train(
         correct = answers.clone()
         correct[answers] = logits.argmax(-1) == labels
         score.add(data, correct)
-        if step % 25 == 0 or step == steps - 1:
-            log(f"micro-{variant} step {step}/{steps} loss {loss.item():.3f} {score}")
-    return model.eval()
+        if step % 25 == 0 or step == recipe.steps - 1:
+            log(f"step {step}/{recipe.steps} loss {loss.item():.3f} {score}")
+    model.eval()

@@ -3,15 +3,14 @@
 Documents print capitals and digits, and no merge joins those, so an answer is spelled one glyph a token.
 """
 
-import json
 
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 
-from nvlm_runtime.micro.document import COLOURS, GRIDS, make_document
+from nvlm_runtime.image import plan_tiles
+from nvlm_runtime.micro.document import GRIDS, make_document
 from nvlm_runtime.micro.questions import questions
 from nvlm_runtime.prompt import tile_tags
-from nvlm_runtime.image import plan_tiles
 from nvlm_runtime.tokenizer import QWEN2_PATTERN, Tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>")
@@ -34,7 +33,9 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
     bpe = BPE(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

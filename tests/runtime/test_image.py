@@ -325,10 +325,11 @@ def test_grey_beyond_16_bits_is_refused(values):
         open_image(Image.fromarray(np.array([values], np.int32)))
 
 
-@pytest.mark.parametrize(("mode", "text"), [("F", "float pixels .mode F., expected 8-bit"), ("La", "has mode La, exp")])
-def test_refused_modes(mode, text):
-    with pytest.raises(ValueError, match=f"the PIL image has {text}" if mode == "F" else text):
-        open_image(Image.new(mode, (2, 2)))
+def test_refused_modes():
+    with pytest.raises(ValueError, match="has float pixels .mode F., expected 8-bit or 16-bit ones"):
+        open_image(Image.new("F", (2, 2)))
+    with pytest.raises(ValueError, match="has mode La, expected one that converts to RGB"):
+        open_image(Image.new("La", (2, 2)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -469,7 +470,7 @@ def test_no_file_stays_open(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     _png_without_data(tmp_path / "bomb.png", 100_000, 90_000)
     gc.collect()
-    before = set(os.listdir("/proc/self/fd"))
+    num_open = len(os.listdir("/proc/self/fd"))
     gc.disable()
     try:
         opened = []
@@ -478,6 +479,6 @@ def test_no_file_stays_open(tmp_path):
                 opened.append(open_image(tmp_path / name))
             except ValueError as error:
                 opened.append(error)
-        assert len(set(os.listdir("/proc/self/fd")) - before) <= 1  # the listing itself
+        assert len(os.listdir("/proc/self/fd")) == num_open
     finally:
         gc.enable()

@@ -490,3 +490,19 @@ def test_x_blocks_must_match_the_plans(built, asked):
     prompt = build_prompt(qwen_tokenizer(), config, user("<image>" * len(built) + "?"), built)
     with pytest.raises(ValueError, match=rf"expected {len(asked)} images.*got {len(built)}"):
         find_blocks(qwen_tokenizer(), config, prompt.input_ids, asked)
+
+
+@each_vocabulary
+@pytest.mark.parametrize("tag_format", ("none", "1d"))
+def test_x_blocks_need_their_end(vocabulary, tag_format):
+    """In the tiny vocabulary typed tags have the ids of real ones, so only `</Image>` tells them apart."""
+    tokenizer, config = VOCABULARIES[vocabulary](), micro("x", tag_format)
+    content = f"<Image>{THUMBNAIL} and <Image> are what?\n<image>"
+    prompt = build_prompt(tokenizer, config, user(content), [ONE])
+    assert find_blocks(tokenizer, config, prompt.input_ids, [ONE]) == prompt.blocks
+
+
+def test_x_blocks_of_a_larger_grid_than_the_config():
+    plan = plan_of(4, 3)
+    prompt = build_prompt(qwen_tokenizer(), micro("x"), user("<image>"), [plan])
+    assert find_blocks(qwen_tokenizer(), micro("x"), prompt.input_ids, [plan]) == prompt.blocks

@@ -1,0 +1,80 @@
+"""How many answers about rendered documents of a fresh seed are exactly right."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nvlm_runtime.engine import NVLM
+from nvlm_runtime.micro.document import GRIDS, draw, make_document
+from nvlm_runtime.micro.questions import questions
+from nvlm_runtime.request import Prepared
+
+BATCH = 25
+
+
+def _samples(seed: int, samples: int) -> list[tuple[Any, Any]]:
+    """(document, question) pairs: every grid in turn, one question a document, of a kind in turn where it has it."""
+    found, index = [], 0
+    while len(found) < samples:
+        document = make_document(f"eval:{seed}:{index}", GRIDS[index % len(GRIDS)])
+        asked = questions(document)
+        index += 1
+        if asked:
+            kinds = sorted({question.kind for question in asked})
+            kind = kinds[index // len(GRIDS) % len(kinds)]
+            of_kind = [question for question in asked if question.kind == kind]
+            found.append((document, of_kind[index % len(of_kind)]))
+    return found
+
+
+def _open(prepared: Prepared) -> Prepared:
+    """Every row that sees a tile sees every tile of its images."""
+    intervals = prepared.layout.intervals.clone()
+    sees = intervals[:, 1] > intervals[:, 0]
+    intervals[sees] = torch.tensor([0, prepared.layout.cross_length])
+    return replace(prepared, layout=replace(prepared.layout, intervals=intervals))
+
+
+def _blank(prepared: Prepared) -> Prepared:
+    """Regular tiles without a picture on them; the thumbnail is kept."""
+    pixels = [tiles.clone() for tiles in prepared.pixel_values]
+    for tiles in pixels:
+        tiles[:-1] = 0
+    return replace(prepared, pixel_values=tuple(pixels))
+
+
+def evaluate(
+    model: NVLM, seed: int, samples: int, *, open_mask: bool = False, blank_tiles: bool = False
+) -> dict[str, Any]:
+    """Exact greedy answers: {"accuracy", "samples", "seed", "by_kind": {kind: share}, "kinds": {kind: [asked, right]}}.
+
+    open_mask: NVLM-X with its tile-tag mask opened. blank_tiles: only the thumbnail can be read; documents of one
+    tile, which are their own thumbnail, keep it. Raises ValueError for fewer than one sample.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if open_mask and model.config.routing.tags != "decoder" or open_mask and not model.config.cross:
+        raise ValueError("only NVLM-X has a tile-tag mask to open")
+    pairs = _samples(seed, samples)
+    kinds: dict[str, list[int]] = {}
+    for first in range(0, samples, BATCH):
+        batch = pairs[first : first + BATCH]
+        prepared = [model.prepare(question.text, [draw(document)]) for document, question in batch]
+        if open_mask:
+            prepared = [_open(each) for each in prepared]
+        if blank_tiles:
+            prepared = [_blank(each) for each in prepared]
+        outputs = model.generate_batch(prepared, max_new_tokens=32)
+        for (_, question), output in zip(batch, outputs, strict=True):
+            count = kinds.setdefault(question.kind, [0, 0])
+            count[0] += 1
+            count[1] += output.text == question.answer
+    return {
+        "variant": model.config.variant,
+        "seed": seed,
+        "samples": samples,
+        "accuracy": sum(right for _, right in kinds.values()) / samples,
+        "by_kind": {kind: right / asked for kind, (asked, right) in sorted(kinds.items())},
+        "kinds": dict(sorted(kinds.items())),
+    }
