@@ -148,7 +148,7 @@ def _check(config: NVLMConfig) -> None:
         raise ValueError(f"NVLM-{config.variant.upper()} has {need}")
     if c and (not c.layers or list(c.layers) != sorted({i for i in c.layers if 0 <= i < t.num_hidden_layers})):
         raise ValueError(
-            f"cross_attention layers must be ascending numbers from 0 to {t.num_hidden_layers - 1}, got {list(c.layers)}"
+            f"cross_attention layers must be ascending, from 0 to {t.num_hidden_layers - 1}, got {list(c.layers)}"
         )
     if not 1 <= config.min_tiles <= config.max_tiles:
         raise ValueError(f"min_tiles {config.min_tiles} and max_tiles {config.max_tiles} do not fit")

@@ -182,17 +182,20 @@ class NVLM:
         return Stream(self._run([row], timings), row, timings)
 
     def generate_batch(
-        self, requests: Sequence[Prepared], params: SamplingParams = SamplingParams(), **options: Any
+        self,
+        requests: Sequence[Prepared],
+        params: SamplingParams | None = None,
+        *,
+        max_new_tokens: int = 512,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
     ) -> list[Output]:
         """Answers to several prepared requests in one batch, whatever images each has; each as it would be alone.
 
-        options: max_new_tokens, stop, ignore_eos, as in `complete`. Timings are the batch's.
+        params: greedy when None. The other options are those of `complete`. Timings are the batch's.
         """
-        stop, ignore_eos = check_stop(options.pop("stop", ())), options.pop("ignore_eos", False)
-        limit = options.pop("max_new_tokens", 512)
-        if options:
-            raise ValueError(f"generate_batch does not know {', '.join(options)}")
-        rows = [self._row(prepared, params, limit, stop, ignore_eos) for prepared in requests]
+        params = params or SamplingParams()
+        rows = [self._row(prepared, params, max_new_tokens, check_stop(stop), ignore_eos) for prepared in requests]
         timings: dict[str, float] = {}
         for _ in self._run(rows, timings) if rows else ():
             pass

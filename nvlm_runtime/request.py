@@ -1,4 +1,4 @@
-"""One request on its way to tokens: what `prepare` makes of a prompt and its pictures, and what decoding makes of it."""
+"""One request on its way to tokens: what `prepare` makes of prompt and pictures, and what decoding makes of that."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

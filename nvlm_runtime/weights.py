@@ -32,8 +32,8 @@ SINGLE = "model.safetensors"
 class Entry:
     """One tensor of a file: its place in a parameter.
 
-    rows: the part [start, end) of the parameter's first axis it fills, None for all of it. padded: the axis that carries dummy heads in the file
-    (None where there are none), cut into `thirds` equal parts that are padded one by one.
+    rows: the part [start, end) of the parameter's first axis it fills, None for all of it. padded: the axis that
+    carries dummy heads in the file (None where there are none), cut into `thirds` parts that are padded one by one.
     """
 
     parameter: str
@@ -183,8 +183,8 @@ def _dummy_heads(config: NVLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
     dummy = rows // (3 * vision.head_dim) - vision.num_attention_heads
     if rows % (3 * vision.head_dim) or dummy < 0:
         raise ValueError(
-            f"vision_model.encoder.layers.0.attn.qkv.weight has {rows} rows, expected 3 x {vision.head_dim} x the heads, "
-            f"of which {vision.num_attention_heads} are real"
+            f"vision_model.encoder.layers.0.attn.qkv.weight has {rows} rows, "
+            f"expected 3 x {vision.head_dim} x the heads, of which {vision.num_attention_heads} are real"
         )
     return replace(config, vision=replace(vision, num_dummy_heads=dummy))
 

@@ -36,7 +36,7 @@ def plan_of(document: Document) -> TilePlan:
 def write_features(
     model: NVLMModel, path: Path, seed: int, num_documents: int, log: Callable[[str], None], chunk: int = 32
 ) -> None:
-    """Encodes the documents of `seed` into a fp16 .npy file [tiles, P, 4C], under a temporary name until it is whole."""
+    """Encodes the documents of `seed` into a fp16 .npy file [tiles, P, 4C], renamed to `path` once it is whole."""
     counts = [plan_of(document_at(seed, i)).num_tiles for i in range(num_documents)]
     config = model.config
     shape = (sum(counts), config.tokens_per_tile, 4 * config.vision.hidden_size)

@@ -35,7 +35,7 @@ class Recipe:
 
 
 def init_weights(model: NVLMModel) -> None:
-    """Unit-variance linears, smaller where they end a residual branch; gates open, as there is no text model to keep."""
+    """Unit-variance linears, smaller where they end a residual branch; open gates, with no text model to keep."""
     depth = (2 * len(model.language_model.layers)) ** -0.5
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith("vision_model"):
@@ -79,7 +79,7 @@ class Score:
 
 
 def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, log: Log) -> None:
-    """Trains a micro model of this variant ("d", "x" or "h") and writes its checkpoint to `out`, weights in bfloat16."""
+    """Trains a micro model of a variant ("d", "x" or "h") and writes its checkpoint to `out`, weights in bfloat16."""
     config = PRESETS[f"micro-{variant}"]
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

@@ -3,7 +3,6 @@
 Documents print capitals and digits, and no merge joins those, so an answer is spelled one glyph a token.
 """
 
-
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 

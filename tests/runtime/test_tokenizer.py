@@ -90,6 +90,7 @@ def test_pieces_of_the_pattern():
     assert pieces == [
         "I",
         "'LL",
+        "x",
         " see",
         "\t",
         "1",
