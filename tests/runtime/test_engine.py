@@ -120,8 +120,7 @@ def test_images_of_every_kind_are_the_same_image(variant, tmp_path):
 
 
 def test_context_ends_an_answer(engine):
-    ids = list(range(100, 100 + 510))
-    ids = [i % 400 for i in ids]
+    ids = [100 + i % 300 for i in range(510)]
     out = engine.generate(input_ids=ids, max_new_tokens=100, ignore_eos=True)
     assert out.finish_reason == "length" and len(out.token_ids) == 512 - 510 + 1
 
