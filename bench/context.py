@@ -47,7 +47,9 @@ def main() -> None:
         p20, p50, p80 = (1e3 * statistics.quantiles(times[context], n=10)[i] for i in (1, 4, 7))
         rows.append({"context": context, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80})
         print(f"{context:7d} {p20:6.2f} {p50:6.2f} {p80:6.2f} {'':14s} {p50 / rows[0]['p50_ms']:.2f}x")
-    print(json.dumps({"model": args.model, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
+    print(
+        json.dumps({"model": args.model, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows})
+    )
 
 
 if __name__ == "__main__":

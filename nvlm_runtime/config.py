@@ -107,7 +107,11 @@ ROUTING = {
 
 @dataclass(frozen=True)
 class NVLMConfig:
-    """A whole model. `ps_version`: order of the pixel shuffle. `thumbnail_tag`: the text before a thumbnail."""
+    """A whole model.
+
+    ps_version: order of the pixel shuffle. thumbnail_tag: the text before a thumbnail. bos_token: the special token
+    every prompt begins with, None where there is none (Qwen2).
+    """
 
     variant: Literal["d", "x", "h"]
     vision: VisionConfig
@@ -118,7 +122,8 @@ class NVLMConfig:
     max_tiles: int = 6
     tile_tags: TagFormat = "1d"
     thumbnail_tag: str = "<tile_global_thumbnail>"
-    projector_eps: float = 1e-5
+    bos_token: str | None = None
+    projector_eps: float = 1e-5  # as the HF code has it; Megatron's is 1e-6
 
     @property
     def routing(self) -> Routing:
@@ -280,6 +285,7 @@ def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
         max_tiles=section.need("max_dynamic_patch") if "max_dynamic_patch" in values else 6,
         tile_tags=section.choose("tile_tags", ("none", "1d", "grid", "bbox"), "1d"),
         thumbnail_tag=section.need("thumbnail_tag", str) if "thumbnail_tag" in values else thumbnail_tag,
+        bos_token=section.need("bos_token", str) if values.get("bos_token") is not None else None,
     )
 
 
@@ -305,6 +311,7 @@ def to_hf(config: NVLMConfig, dtype: str) -> dict[str, Any]:
         "template": "chatml",
         "tile_tags": config.tile_tags,
         "thumbnail_tag": config.thumbnail_tag,
+        "bos_token": config.bos_token,
         "vision_config": {"model_type": "intern_vit_6b", "hidden_act": "gelu", **vision},
         "llm_config": text,
     }

@@ -86,7 +86,9 @@ MICRO_TEXT = TextConfig(
 )
 
 
-def _family(text: TextConfig, every: int, thumbnail_tag: str, suffix: str) -> dict[str, NVLMConfig]:
+def _family(
+    text: TextConfig, every: int, thumbnail_tag: str, bos_token: str | None, suffix: str
+) -> dict[str, NVLMConfig]:
     cross = CrossConfig(layers=tuple(range(0, text.num_hidden_layers, every)))
     return {
         f"nvlm-{variant}-{suffix}": NVLMConfig(
@@ -95,6 +97,7 @@ def _family(text: TextConfig, every: int, thumbnail_tag: str, suffix: str) -> di
             text=text,
             cross=None if variant == "d" else cross,
             thumbnail_tag=thumbnail_tag,
+            bos_token=bos_token,
         )
         for variant in VARIANTS
     }
@@ -111,7 +114,7 @@ def _micro(variant: Literal["d", "x", "h"]) -> NVLMConfig:
 
 
 PRESETS: dict[str, NVLMConfig] = {
-    **_family(QWEN2_72B, 8, "<tile_global_thumbnail>", "72b"),
-    **_family(YI_34B, 6, "<tile_global>", "34b"),
+    **_family(QWEN2_72B, 8, "<tile_global_thumbnail>", None, "72b"),
+    **_family(YI_34B, 6, "<tile_global>", "<|startoftext|>", "34b"),
     **{f"micro-{variant}": _micro(variant) for variant in VARIANTS},
 }

@@ -108,6 +108,8 @@ def build_prompt(
     turns = _turns(messages, len(plans), generation)
     writer = _Writer(tokenizer, config, isolate_tags=style == "megatron" or config.routing.decoder == "none")
     remaining = iter(plans)
+    if config.bos_token is not None:
+        writer.special(config.bos_token)
     for role, parts in turns:
         writer.special("<|im_start|>")
         writer.text(f"{role}\n")

@@ -24,13 +24,18 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a training run. batch: documents a step; num_questions: the most asked of one document at a time."""
+    """Sizes of a training run.
+
+    batch: documents a step; num_questions: the most asked of one document at a time; num_short: steps on documents of
+    one or two tiles, which come first.
+    """
 
     steps: int = 2500
     tower_steps: int = 3000
     num_documents: int = 20000
-    batch: int = 32
+    batch: int = 16
     num_questions: int = 8
+    num_short: int = 600
     lr: float = 2e-3
 
 
@@ -62,17 +67,23 @@ def shared_tower(model: NVLMModel, work: Path, seed: int, steps: int, log: Log) 
 
 
 class Score:
-    """Exact answers a question kind, by teacher forcing: greedy decoding gives the answer iff every argmax is right."""
+    """Exact answers a question kind over the last fifty batches or so, by teacher forcing.
+
+    Greedy decoding gives the answer if and only if every argmax is right.
+    """
 
     def __init__(self):
         self.right = dict.fromkeys(KINDS, 0.0)
         self.asked = dict.fromkeys(KINDS, 1e-9)
 
     def add(self, batch: Batch, correct: torch.Tensor) -> None:
+        for kind in KINDS:
+            self.right[kind] *= 0.98
+            self.asked[kind] *= 0.98
         for row, kinds in enumerate(batch.kinds):
             for kind, first, end in kinds:
-                self.right[kind] = 0.98 * self.right[kind] + bool(correct[row, first:end].all())
-                self.asked[kind] = 0.98 * self.asked[kind] + 1
+                self.right[kind] += bool(correct[row, first:end].all())
+                self.asked[kind] += 1
 
     def __str__(self) -> str:
         return " ".join(f"{kind} {self.right[kind] / self.asked[kind]:.2f}" for kind in KINDS)
@@ -89,7 +100,16 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, 
     features = work / f"features-{seed}-{recipe.num_documents}.npy"
     if not features.exists():
         write_features(model, features, seed, recipe.num_documents, log)
-    stream = batches(config, tokenizer, features, seed, recipe.num_documents, recipe.batch, recipe.num_questions)
+    stream = batches(
+        config,
+        tokenizer,
+        features,
+        seed,
+        recipe.num_documents,
+        recipe.batch,
+        recipe.num_questions,
+        recipe.num_short,
+    )
     train_decoder(model, stream, recipe, log)
     save(model, out, dtype=torch.bfloat16, run_dtype=torch.float32)
     tokenizer.save(out)

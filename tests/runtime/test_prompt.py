@@ -506,3 +506,14 @@ def test_x_blocks_of_a_larger_grid_than_the_config():
     plan = plan_of(4, 3)
     prompt = build_prompt(qwen_tokenizer(), micro("x"), user("<image>"), [plan])
     assert find_blocks(qwen_tokenizer(), micro("x"), prompt.input_ids, [plan]) == prompt.blocks
+
+
+def test_bos_stands_first_where_a_model_has_one():
+    config = replace(PRESETS["micro-d"], bos_token="<|endoftext|>")
+    tokenizer = tiny_tokenizer()
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = build_prompt(tokenizer, config, messages, []).input_ids
+    assert ids == (
+        tokenizer.special("<|endoftext|>"),
+        *build_prompt(tokenizer, PRESETS["micro-d"], messages, []).input_ids,
+    )
