@@ -78,7 +78,7 @@ MICRO_TEXT = TextConfig(
     intermediate_size=448,
     num_hidden_layers=6,
     num_attention_heads=6,
-    num_key_value_heads=2,
+    num_key_value_heads=3,
     rms_norm_eps=1e-6,
     rope_theta=10000.0,
     max_position_embeddings=2048,
@@ -104,7 +104,7 @@ def _family(
 
 
 def _micro(variant: Literal["d", "x", "h"]) -> NVLMConfig:
-    layers = (0, 2, 4)
+    layers = tuple(range(MICRO_TEXT.num_hidden_layers))
     cross = {
         "d": None,
         "x": CrossConfig(layers),

@@ -17,7 +17,7 @@ from nvlm_runtime.image import plan_tiles
 SIDE = 64
 GRIDS = tuple((c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6)
 CHARS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."
-LETTERS = "ABCDEFGHIJKLMNOPRSTUVWXYZ"  # Q is an O at this size wherever no word tells them apart
+LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # of codes: no I, O, Q, as on number plates
 COLOURS = {
     "black": (25, 25, 25),
     "red": (205, 25, 30),
@@ -40,7 +40,11 @@ WORDS = (
     "GRAPE MELON PEACH OLIVE BEAN CORN EGG HAM NUT PIE NORTH SOUTH EAST WEST PLATE GLASS SPOON KNIFE FORK BOWL LAMP "
     "CHAIR TABLE DOOR WALL ROOF STONE PAPER CLOCK PHONE RADIO PIANO DRUM FLUTE HORSE TIGER ZEBRA MOUSE SHEEP GOAT "
     "CAMEL EAGLE RAVEN SWAN DUCK WOLF FOX BEAR LION FROG SNAKE RIVER OCEAN ISLAND FOREST DESERT VALLEY CLOUD STORM "
-    "WIND SNOW RAIN SUN MOON STAR PLANET ROCKET ENGINE WHEEL BRIDGE TUNNEL TRAIN PLANE BOAT TRUCK BIKE VAN QUEUE JACKET"
+    "WIND SNOW RAIN SUN MOON STAR PLANET ROCKET ENGINE WHEEL BRIDGE TUNNEL TRAIN PLANE BOAT TRUCK BIKE VAN QUEUE "
+    "JACKET SHIRT SHOE HAT SCARF GLOVE BELT COAT SOCK RING PEARL GOLD SILVER IRON STEEL WOOD CLAY SAND BRICK TILE "
+    "MUSIC DANCE ACTOR MOVIE NOVEL POEM STORY PEN BRUSH PAINT CANVAS MARKET BANK HOTEL SCHOOL CHURCH CASTLE TOWER "
+    "GARDEN FLOWER ROSE TULIP GRASS LEAF ROOT SEED TREE MAPLE CEDAR PINE OAK WINTER SPRING SUMMER AUTUMN MONDAY "
+    "FRIDAY SUNDAY APRIL JUNE JULY DOCTOR NURSE PILOT BAKER FARMER SAILOR KING QUEEN PRINCE KNIGHT WIZARD DRAGON"
 ).split()
 
 
@@ -104,13 +108,7 @@ def _number(rng: random.Random) -> str:
     style = rng.randrange(3)
     if style == 0:
         return f"{rng.randint(0, 99)}.{rng.randint(0, 99):02d}"
-    return str(rng.randint(10, 99) if style == 1 else rng.randint(100, 99999))
-
-
-def _word(rng: random.Random) -> str:
-    if rng.random() < 0.5:
-        return rng.choice(WORDS)
-    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, 6)))
+    return str(rng.randint(10, 99) if style == 1 else rng.randint(100, 9999))
 
 
 def _value(rng: random.Random, label: str) -> str:
@@ -151,7 +149,7 @@ def _tile(rng: random.Random, labels: list[str]) -> Tile:
             y = rng.uniform(top + radius, bottom - radius) if bottom - top > 2 * radius else (top + bottom) / 2
             tile.shape = Shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), x, y, radius)
         else:
-            text = _word(rng) if part == "word" else _number(rng)
+            text = rng.choice(WORDS) if part == "word" else _number(rng)
             tile.lines.append(_line(rng, text, part, rng.choice((colour, rng.choice(list(COLOURS)))), top, bottom))
     return tile
 

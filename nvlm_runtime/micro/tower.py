@@ -2,7 +2,7 @@
 
 Every patch of a rendered tile is asked for its glyph, and a glyph's patch also for its colour, its place in the
 line, its role and the label its tile carries; a shape's patches for shape and colour. Most patches are blank and
-weigh little. The heads are thrown away; the tower is frozen afterwards, as in the paper.
+weigh little. The tower is frozen afterwards, as in the paper; the heads only help a projector begin (`readout`).
 """
 
 from collections.abc import Callable, Iterator
@@ -91,6 +91,11 @@ class DenseHeads(nn.Module):
         x = self.norm(x)
         return [head(x) for head in self.heads]
 
+    def readout(self) -> Tensor:
+        """[sum of TARGETS, width]: the directions of a patch's features that tell the targets, of unit length."""
+        weights = torch.cat([head.weight for head in self.heads]) * self.norm.weight
+        return F.normalize(weights - weights.mean(-1, keepdim=True), dim=-1).detach()
+
 
 def _loss(outputs: list[Tensor], targets: Tensor) -> Tensor:
     total = outputs[0].new_zeros(())
@@ -120,8 +125,8 @@ def pretrain(
     lr: float = 2e-3,
     compile: bool = True,
     start: dict[str, Tensor] | None = None,
-) -> InternViT:
-    """Trains a tower on `steps` batches of tiles. Returns it frozen, in eval mode."""
+) -> tuple[InternViT, DenseHeads]:
+    """Trains a tower on `steps` batches of tiles. Returns it frozen, in eval mode, with the heads that read it."""
     torch.manual_seed(seed)
     side = config.image_size // config.patch_size
     tower, heads = InternViT(config), DenseHeads(config.hidden_size)
@@ -143,4 +148,4 @@ def pretrain(
         if step % 25 == 0 or step == steps - 1:
             shares = " ".join(f"{name} {share:.3f}" for name, share in accuracy(outputs, targets).items())
             log(f"tower step {step}/{steps} loss {loss.item():.3f} {shares}")
-    return tower.eval().requires_grad_(False)
+    return tower.eval().requires_grad_(False), heads

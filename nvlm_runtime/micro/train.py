@@ -13,7 +13,7 @@ from torch import nn
 
 from nvlm_runtime.micro.dataset import IGNORE, Batch, batches, write_features
 from nvlm_runtime.micro.questions import KINDS
-from nvlm_runtime.micro.tower import pretrain
+from nvlm_runtime.micro.tower import DenseHeads, pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
@@ -55,15 +55,36 @@ def init_weights(model: NVLMModel) -> None:
             nn.init.ones_(parameter)
 
 
-def shared_tower(model: NVLMModel, work: Path, seed: int, steps: int, log: Log) -> None:
-    """Loads the work folder's tower into the model, pretraining it first where there is none."""
+def shared_tower(model: NVLMModel, work: Path, seed: int, steps: int, log: Log) -> DenseHeads:
+    """Loads the work folder's tower into the model, pretraining it first where there is none. Returns its heads."""
     path = work / f"tower-{seed}.pt"
     if not path.exists():
         partial = path.with_suffix(".partial")
-        torch.save(pretrain(MICRO_VISION, seed, log, steps).state_dict(), partial)
+        tower, heads = pretrain(MICRO_VISION, seed, log, steps)
+        torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, partial)
         partial.rename(path)
-    model.vision_model.load_state_dict(torch.load(path, weights_only=True))
+    state = torch.load(path, weights_only=True)
+    heads = DenseHeads(MICRO_VISION.hidden_size)
+    heads.load_state_dict(state["heads"])
+    model.vision_model.load_state_dict(state["tower"])
     model.vision_model.eval().requires_grad_(False)
+    return heads
+
+
+@torch.no_grad()
+def init_projector(model: NVLMModel, heads: DenseHeads) -> None:
+    """Lets the projector's first linear begin with what the heads read from each of a token's four patches.
+
+    A layer too narrow for all of it (NVLM-X's) takes random mixtures.
+    """
+    first = model.mlp1[1]
+    readout = torch.block_diag(*[heads.readout()] * 4)  # [4 * targets, 4 * width]
+    readout = readout * readout.shape[1] ** 0.5 / model.config.vision.hidden_size**0.5
+    if len(readout) <= len(first.weight):
+        first.weight[: len(readout)] = readout
+    else:
+        mixture = torch.randn(len(first.weight), len(readout)) * len(readout) ** -0.5
+        first.weight.copy_(mixture @ readout)
 
 
 class Score:
@@ -96,7 +117,7 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, 
     torch.manual_seed(seed)
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
     init_weights(model)
-    shared_tower(model, work, seed, recipe.tower_steps, log)
+    init_projector(model, shared_tower(model, work, seed, recipe.tower_steps, log))
     features = work / f"features-{seed}-{recipe.num_documents}.npy"
     if not features.exists():
         write_features(model, features, seed, recipe.num_documents, log)
