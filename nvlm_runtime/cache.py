@@ -20,10 +20,6 @@ class KVCache:
     def capacity(self) -> int:
         return self.k.shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.k.nbytes
-
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """positions: [B, T]; k, v: [B, T, Hkv, D]."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
@@ -37,7 +33,3 @@ class CrossKV:
 
     k: Tensor
     v: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes

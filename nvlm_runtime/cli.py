@@ -80,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    from nvlm_runtime import commands
-
     try:
+        from nvlm_runtime import commands
+
         return getattr(commands, args.run)(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)

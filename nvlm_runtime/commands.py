@@ -17,6 +17,7 @@ from nvlm_runtime.image import TilePlan, draw_plan, open_image, plan_tiles
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import tile_tags
 from nvlm_runtime.request import Output
+from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.weights import parameter_counts, read_json
 
 
@@ -24,9 +25,9 @@ def _load(args: argparse.Namespace) -> NVLM:
     return NVLM.load(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+def _params(args: argparse.Namespace) -> GenerationParams:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-    return {name: getattr(args, name) for name in names}
+    return GenerationParams(**{name: getattr(args, name) for name in names})
 
 
 def _plan_values(plan: TilePlan, config: NVLMConfig) -> dict[str, Any]:
@@ -89,9 +90,10 @@ def _show(stream: Stream) -> None:
 
 def ask(args: argparse.Namespace) -> int:
     *images, prompt = args.words
+    params = _params(args)
     model, console = _load(args), Console()
     prepared = model.prepare(prompt, images)
-    stream = model.complete(prepared, **_sampling(args))
+    stream = model.complete(prepared, params)
     if args.json:
         for _ in stream:
             pass
@@ -107,6 +109,7 @@ def ask(args: argparse.Namespace) -> int:
 
 
 def chat(args: argparse.Namespace) -> int:
+    params = _params(args)
     model = _load(args)
     messages: list[dict[str, Any]] = []
     images: list[Any] = []
@@ -129,7 +132,7 @@ def chat(args: argparse.Namespace) -> int:
                 continue
             content = [{"type": "image"}] * len(waiting) + [{"type": "text", "text": ("\n" if waiting else "") + line}]
             turn = [*messages, {"role": "user", "content": content}]
-            stream = model.stream(messages=turn, images=images + waiting, **_sampling(args))
+            stream = model.complete(model.prepare(messages=turn, images=images + waiting), params)
         except (ValueError, OSError) as error:
             if not interactive:
                 raise
@@ -184,7 +187,7 @@ def info(args: argparse.Namespace) -> int:
         f"{vision.num_attention_heads} heads, tiles of {vision.image_size}, patches of {vision.patch_size}",
         "projector": f"{config.tokens_per_tile} tokens a tile, pixel shuffle {config.ps_version}",
         "decoder": f"{text.architecture}, {text.num_hidden_layers} layers, {text.hidden_size} wide, "
-        f"{text.num_attention_heads}/{text.num_key_value_heads} heads, context {text.max_position_embeddings}",
+        f"{text.num_attention_heads}/{text.num_key_value_heads} heads, context {text.context}",
         "cross": "gated cross-attention in layers " + ", ".join(map(str, config.cross.layers))
         if config.cross
         else "none",

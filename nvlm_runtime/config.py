@@ -5,6 +5,7 @@ keys and values of gated cross-attention, or nowhere. Sources: NVLM paper (arXiv
 the NVLM-D-72B config.json, Megatron-LM examples/multimodal/nvlm.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -69,6 +70,13 @@ class TextConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def context(self) -> int:
+        """Positions the model can tell apart: YaRN stretches them."""
+        scaling = self.rope_scaling
+        stretched = int(scaling.factor * scaling.original_max_position_embeddings) if scaling else 0
+        return max(self.max_position_embeddings, stretched)
 
     @property
     def qkv_bias(self) -> bool:
@@ -151,6 +159,8 @@ def _check(config: NVLMConfig) -> None:
     if (config.routing.cross == "none") != (c is None):
         need = "no cross_attention" if c else "cross_attention in its config"
         raise ValueError(f"NVLM-{config.variant.upper()} has {need}")
+    if t.head_dim % 2:
+        raise ValueError(f"the decoder's head size {t.head_dim} must be even, for rotary positions")
     if c and (not c.layers or list(c.layers) != sorted({i for i in c.layers if 0 <= i < t.num_hidden_layers})):
         raise ValueError(
             f"cross_attention layers must be ascending, from 0 to {t.num_hidden_layers - 1}, got {list(c.layers)}"
@@ -167,7 +177,8 @@ class _Section:
             raise ValueError(f"config: {name} must be an object, got {type(values).__name__}")
         self.name, self.values = name, values
 
-    def need(self, key: str, kind: type = int) -> Any:
+    def need(self, key: str, kind: type = int, least: int | None = None) -> Any:
+        least = least if least is not None else int(kind is int)  # sizes are 1 or more, epsilons above 0
         if self.values.get(key) is None:
             raise ValueError(f"config: {self.name} has no {key!r}")
         value = self.values[key]
@@ -175,6 +186,8 @@ class _Section:
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"config: {self.name} {key!r} must be {kind.__name__}, got {value!r}")
+        if kind in (int, float) and not (least <= value < math.inf and (kind is int or value > 0)):
+            raise ValueError(f"config: {self.name} {key!r} must be {least} or more, got {value!r}")
         return value
 
     def choose(self, key: str, known: tuple, default: Any = None) -> Any:
@@ -183,7 +196,7 @@ class _Section:
         value = default if value is None else value
         if value is None:
             raise ValueError(f"config: {self.name} has no {key!r}")
-        if value not in known:
+        if not any(type(value) is type(each) and value == each for each in known):
             raise ValueError(f"config: {self.name} {key!r} must be {' or '.join(map(repr, known))}, got {value!r}")
         return value
 
@@ -202,7 +215,7 @@ def _vision_from_hf(values: Mapping[str, Any]) -> VisionConfig:
         norm_type=section.choose("norm_type", ("rms_norm", "layer_norm"), "rms_norm"),  # absent in InternViT-6B's
         qk_normalization=section.need("qk_normalization", bool),
         qkv_bias=section.need("qkv_bias", bool),
-        num_dummy_heads=section.need("num_dummy_heads") if "num_dummy_heads" in values else 0,
+        num_dummy_heads=section.need("num_dummy_heads", least=0) if "num_dummy_heads" in values else 0,
     )
 
 
@@ -212,7 +225,11 @@ def _rope_from_hf(section: _Section) -> RopeScaling | None:
         return None
     rope = _Section("rope_scaling", scaling)
     rope.choose("rope_type" if "rope_type" in scaling else "type", ("yarn",))
-    return RopeScaling(rope.need("factor", float), rope.need("original_max_position_embeddings"))
+    betas = {name: rope.need(name, float) for name in ("beta_fast", "beta_slow") if name in scaling}
+    known = {"type", "rope_type", "factor", "original_max_position_embeddings", *betas}
+    if unknown := set(scaling) - known:
+        raise ValueError(f"config: rope_scaling holds {sorted(unknown)}, which this runtime does not know")
+    return RopeScaling(rope.need("factor", float), rope.need("original_max_position_embeddings"), **betas)
 
 
 def _text_from_hf(values: Mapping[str, Any]) -> TextConfig:
@@ -246,6 +263,8 @@ def _text_from_hf(values: Mapping[str, Any]) -> TextConfig:
 
 def _cross_from_hf(values: Mapping[str, Any]) -> CrossConfig:
     section = _Section("cross_attention", values)
+    if not all(type(layer) is int for layer in section.need("layers", list)):
+        raise ValueError(f"config: cross_attention 'layers' must be layer numbers, got {values['layers']}")
     return CrossConfig(
         layers=tuple(section.need("layers", list)),
         placement=section.choose("placement", ("inside", "before")),
@@ -262,10 +281,10 @@ def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
     """
     section = _Section("config.json", values)
     architecture = section.need("architectures", list)[:1]
-    known = {f"NVLM_{variant.upper()}": variant for variant in VARIANTS}
-    if not architecture or architecture[0] not in known:
-        raise ValueError(f"config: architectures must be one of {sorted(known)}, got {section.values['architectures']}")
-    variant = known[architecture[0]]
+    known = [variant for variant in VARIANTS if architecture == [f"NVLM_{variant.upper()}"]]
+    if not known:
+        raise ValueError(f"config: architectures must be one of NVLM_D, NVLM_X, NVLM_H, got {values['architectures']}")
+    (variant,) = known
     vision = _vision_from_hf(section.need("vision_config", dict))
     text = _text_from_hf(section.need("llm_config", dict))
     section.choose("downsample_ratio", (0.5,))
@@ -274,7 +293,11 @@ def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
     section.choose("force_image_size", (vision.image_size,), vision.image_size)
     section.choose("select_layer", (-1,), -1)
     section.choose("template", ("chatml",), "chatml")
-    thumbnail_tag = "<tile_global_thumbnail>" if text.architecture == "Qwen2ForCausalLM" else "<tile_global>"
+    if text.architecture == "LlamaForCausalLM" and not {"thumbnail_tag", "bos_token"} <= values.keys():
+        raise ValueError(
+            "config: a model on Llama has to give 'thumbnail_tag' and 'bos_token', which were never published"
+        )
+    thumbnail_tag = "<tile_global_thumbnail>"
     return NVLMConfig(
         variant=variant,
         vision=vision,
@@ -286,6 +309,7 @@ def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
         tile_tags=section.choose("tile_tags", ("none", "1d", "grid", "bbox"), "1d"),
         thumbnail_tag=section.need("thumbnail_tag", str) if "thumbnail_tag" in values else thumbnail_tag,
         bos_token=section.need("bos_token", str) if values.get("bos_token") is not None else None,
+        projector_eps=section.need("projector_eps", float) if "projector_eps" in values else 1e-5,
     )
 
 
@@ -312,6 +336,7 @@ def to_hf(config: NVLMConfig, dtype: str) -> dict[str, Any]:
         "tile_tags": config.tile_tags,
         "thumbnail_tag": config.thumbnail_tag,
         "bos_token": config.bos_token,
+        "projector_eps": config.projector_eps,
         "vision_config": {"model_type": "intern_vit_6b", "hidden_act": "gelu", **vision},
         "llm_config": text,
     }

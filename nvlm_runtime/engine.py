@@ -19,10 +19,10 @@ from nvlm_runtime.layout import make_layout
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
-from nvlm_runtime.request import Output, Prepared, Row, check_ids, check_stop
-from nvlm_runtime.sampling import Sampler, SamplingParams
+from nvlm_runtime.request import Output, Prepared, Row, check_ids
+from nvlm_runtime.sampling import GenerationParams, Sampler
 from nvlm_runtime.tokenizer import TextStream, Tokenizer
-from nvlm_runtime.weights import load, read_json
+from nvlm_runtime.weights import DTYPES, load, read_json
 
 BUNDLED = Path(__file__).parent / "models"
 
@@ -32,11 +32,21 @@ def checkpoint_folder(name: str | Path) -> Path:
     bundled = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
     if str(name) in bundled:
         return BUNDLED / str(name)
+    if not isinstance(name, str | Path):
+        raise ValueError(f"a model is a name or a folder, got {type(name).__name__}")
     if Path(name).is_dir():
         return Path(name)
     if str(name) in PRESETS:
         raise ValueError(f"{name} has no weights in this package: give the folder of its checkpoint")
     raise ValueError(f"unknown model {str(name)!r}: expected a checkpoint folder or one of {', '.join(bundled)}")
+
+
+def check_device(device: torch.device | str) -> None:
+    """ValueError where tensors cannot be made on this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
 class Stream:
@@ -61,7 +71,7 @@ def _output(row: Row, timings: dict[str, float]) -> Output:
     return Output(
         text=row.text[: row.num_shown],
         token_ids=list(row.token_ids),
-        finish_reason=row.finish_reason or "length",
+        finish_reason=row.finish_reason,
         timings=times,
         num_prompt_tokens=len(row.prepared.input_ids),
         plans=row.prepared.plans,
@@ -84,9 +94,14 @@ class NVLM:
 
         dtype: None is config.json's torch_dtype. Raises FileNotFoundError or ValueError as `weights.load` does.
         """
+        if dtype is not None and dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
         folder = checkpoint_folder(name)
+        check_device(device)
         read_json(folder / "config.json")
         tokenizer = Tokenizer.load(folder)
+        for special in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>"):
+            tokenizer.special(special)
         model, _ = load(folder, device, dtype)
         if tokenizer.vocab_size > model.config.text.vocab_size:
             raise ValueError(
@@ -111,8 +126,10 @@ class NVLM:
         """
         if sum(given is not None for given in (prompt, messages, input_ids)) != 1:
             raise ValueError("give exactly one of prompt, messages and input_ids")
-        if isinstance(images, str | Path | bytes):
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
             raise ValueError(f"images must be a list of pictures, got {type(images).__name__}")
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"the prompt must be a string, got {type(prompt).__name__}")
         if prompt is not None and not prompt.strip():
             raise ValueError("the prompt is empty")
         config, vision = self.config, self.config.vision
@@ -129,19 +146,26 @@ class NVLM:
             built = build_prompt(self.tokenizer, config, messages, plans, style=style)
             ids, blocks = built.input_ids, built.blocks
         else:
-            ids = check_ids(input_ids, config.text.vocab_size, self.tokenizer)
+            ids = check_ids(input_ids, config.text.vocab_size)
             blocks = find_blocks(self.tokenizer, config, ids, plans)
-        if len(ids) > config.text.max_position_embeddings:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, the context of this model {config.text.max_position_embeddings}"
-            )
+        if len(ids) > config.text.context:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the context of this model {config.text.context}")
         tags = [tag_ids(self.tokenizer, plan, config) for plan in plans]
         layout = make_layout(config, len(ids), blocks, plans, tags)
         return Prepared(ids, layout, plans, pixel_values, {"open": opened - start, "tile": tiled - opened})
 
-    def generate(self, prompt: str | None = None, images: Sequence[Any] = (), **options: Any) -> Output:
-        """An answer. Options: those of `prepare` and of `complete`."""
-        stream = self.stream(prompt, images, **options)
+    def generate(
+        self,
+        prompt: str | None = None,
+        images: Sequence[Any] = (),
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | None = None,
+        style: str = "hf",
+        **params: Any,
+    ) -> Output:
+        """An answer to what `prepare` takes. params: fields of `GenerationParams`, greedy by default."""
+        stream = self.stream(prompt, images, messages=messages, input_ids=input_ids, style=style, **params)
         for _ in stream:
             pass
         return stream.output
@@ -154,48 +178,23 @@ class NVLM:
         messages: Sequence[Mapping[str, Any]] | None = None,
         input_ids: Sequence[int] | None = None,
         style: str = "hf",
-        **options: Any,
+        **params: Any,
     ) -> Stream:
-        """An answer piece by piece; bad input raises here, not at the first piece."""
-        return self.complete(
-            self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style), **options
-        )
+        """`generate` piece by piece; bad input raises here, not at the first piece."""
+        checked = GenerationParams(**params)
+        return self.complete(self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style), checked)
 
-    def complete(
-        self,
-        prepared: Prepared,
-        *,
-        max_new_tokens: int = 512,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-    ) -> Stream:
-        """Decodes one prepared request. It ends at <|im_end|>, a stop string, max_new_tokens or the context's end."""
-        params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        row = self._row(prepared, params, max_new_tokens, check_stop(stop), ignore_eos)
-        timings: dict[str, float] = {}
+    def complete(self, prepared: Prepared, params: GenerationParams | None = None) -> Stream:
+        """Decodes one prepared request, greedily if params is None. The context's end ends it too ("length")."""
+        row, timings = self._row(prepared, params or GenerationParams()), {}
         return Stream(self._run([row], timings), row, timings)
 
-    def generate_batch(
-        self,
-        requests: Sequence[Prepared],
-        params: SamplingParams | None = None,
-        *,
-        max_new_tokens: int = 512,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> list[Output]:
-        """Answers to several prepared requests in one batch, whatever images each has; each as it would be alone.
+    def generate_batch(self, requests: Sequence[Prepared], params: GenerationParams | None = None) -> list[Output]:
+        """Answers to prepared requests in one batch, whatever images each has; each as it would be alone.
 
-        params: greedy when None. The other options are those of `complete`. Timings are the batch's.
+        Timings are the batch's.
         """
-        params = params or SamplingParams()
-        rows = [self._row(prepared, params, max_new_tokens, check_stop(stop), ignore_eos) for prepared in requests]
+        rows = [self._row(prepared, params or GenerationParams()) for prepared in requests]
         timings: dict[str, float] = {}
         for _ in self._run(rows, timings) if rows else ():
             pass
@@ -210,21 +209,16 @@ class NVLM:
         hidden = self.model(ids, [prepared.layout], [features])
         return self.model.language_model.logits(hidden[0])
 
-    def _row(
-        self, prepared: Prepared, params: SamplingParams, max_new_tokens: int, stop: tuple[str, ...], ignore_eos: bool
-    ) -> Row:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number from 1 on, got {max_new_tokens!r}")
+    def _row(self, prepared: Prepared, params: GenerationParams) -> Row:
         # the last token drawn is never fed back, so it needs no position
-        room = self.config.text.max_position_embeddings - len(prepared.input_ids) + 1
-        rows = min(self.tokenizer.vocab_size, self.config.text.vocab_size)
+        room = self.config.text.context - len(prepared.input_ids) + 1
         return Row(
             prepared=prepared,
-            sampler=Sampler(params, rows, list(prepared.input_ids), self.device),
+            sampler=Sampler(params, self.tokenizer.vocab_size, list(prepared.input_ids), self.device),
             stream=TextStream(self.tokenizer),
-            eos_id=None if ignore_eos else self.tokenizer.eos_id,
-            stop=stop,
-            limit=min(max_new_tokens, room),
+            eos_id=None if params.ignore_eos else self.tokenizer.eos_id,
+            stop=params.stop,
+            limit=min(params.max_new_tokens, room),
         )
 
     def _encode(self, prepared: Prepared) -> Tensor:
@@ -243,6 +237,8 @@ class NVLM:
             features = [self._encode(row.prepared) for row in rows]
             timings["encode"] = time.perf_counter() - started
             logits, cache, view = self._prefill(rows, features)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights or their dtype are wrong")
             timings["prefill"] = time.perf_counter() - started - timings["encode"]
         timings["decode"] = 0.0
         while True:

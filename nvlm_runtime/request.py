@@ -1,5 +1,6 @@
 """One request on its way to tokens: what `prepare` makes of prompt and pictures, and what decoding makes of that."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from nvlm_runtime.image import TilePlan
 from nvlm_runtime.layout import Layout
 from nvlm_runtime.sampling import Sampler
-from nvlm_runtime.tokenizer import TextStream, Tokenizer
+from nvlm_runtime.tokenizer import TextStream
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,15 @@ class Prepared:
 
 @dataclass
 class Output:
-    """A finished answer. token_ids: as drawn, without the token that ended it. finish_reason: "stop" or "length".
+    """An answer. token_ids: as drawn, without the token that ended it.
 
+    finish_reason: "stop" (an end token or a stop string), "length", or None while the answer goes on.
     timings: seconds a stage (open, tile, encode, prefill, decode, and their total).
     """
 
     text: str
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: str | None
     timings: dict[str, float]
     num_prompt_tokens: int
     plans: tuple[TilePlan, ...]
@@ -57,8 +59,9 @@ class Row:
         if token == self.eos_id:
             return self._finish("stop")
         self.token_ids.append(token)
+        since = max(0, len(self.text) - self._longest_stop)
         self.text += self.stream.push(token)
-        ends = [at for at in (self.text.find(text) for text in self.stop) if at >= 0]
+        ends = [at for at in (self.text.find(text, since) for text in self.stop) if at >= 0]
         if ends:
             self.text = self.text[: min(ends)]
             return self._finish("stop", flush=False)
@@ -66,10 +69,13 @@ class Row:
             return self._finish("length")
         return self._show(len(self.text) - self._held())
 
+    @property
+    def _longest_stop(self) -> int:
+        return max((len(text) for text in self.stop), default=1)
+
     def _held(self) -> int:
         """Characters at the end of the text that may be the beginning of a stop string."""
-        longest = max((len(text) for text in self.stop), default=1) - 1
-        sizes = range(min(longest, len(self.text)), 0, -1)
+        sizes = range(min(self._longest_stop - 1, len(self.text)), 0, -1)
         return next((n for n in sizes if any(text.startswith(self.text[-n:]) for text in self.stop)), 0)
 
     def _finish(self, reason: str, flush: bool = True) -> str:
@@ -84,17 +90,14 @@ class Row:
         return piece
 
 
-def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Stop strings as a tuple. ValueError for anything else, or an empty one."""
-    texts = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"stop must be non-empty strings, got {stop!r}")
-    return texts
-
-
-def check_ids(input_ids: Sequence[int], num_rows: int, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids as plain ints. ValueError where one is no row of the embedding, or there is none."""
-    ids = tuple(int(i) for i in input_ids)
+def check_ids(input_ids: Sequence[int], num_rows: int) -> tuple[int, ...]:
+    """Token ids as plain ints. ValueError where one is no whole number or no row of the embedding, or there is none."""
+    try:
+        if any(isinstance(i, bool) for i in input_ids):
+            raise TypeError("a bool")
+        ids = tuple(operator.index(i) for i in input_ids)
+    except TypeError as error:
+        raise ValueError(f"input_ids must be one list of whole numbers, got {input_ids!r:.60}") from error
     if not ids:
         raise ValueError("input_ids is empty: expected at least one token")
     if wrong := [i for i in ids if not 0 <= i < num_rows]:

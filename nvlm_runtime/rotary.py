@@ -33,7 +33,6 @@ class Rotary(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.scale = 1.0
 
     def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
         c = self.config

@@ -4,16 +4,26 @@ The order is the field's (transformers): penalty, temperature, top-k, top-p, min
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. Raises ValueError outside its ranges."""
+class GenerationParams:
+    """How to answer. Greedy at temperature 0; top_k 0, top_p 1 and min_p 0 are off.
 
+    stop: texts that end the answer and are not part of it. ignore_eos: an end token is a token like any other.
+    Raises ValueError for a value of another type or outside its range.
+    """
+
+    max_new_tokens: int = 512
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -22,24 +32,33 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self):
-        for name, low, high in (
-            ("temperature", 0.0, math.inf),
-            ("top_k", 0, math.inf),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.0, math.inf),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
-            if not math.isfinite(value) or (value == 0 and name in ("top_p", "repetition_penalty")):
-                raise ValueError(f"{name} must be finite and above 0, got {value!r}")
+        self._number("max_new_tokens", Integral, 1, math.inf)
+        self._number("temperature", Real, 0, math.inf)
+        self._number("top_k", Integral, 0, math.inf)
+        self._number("top_p", Real, 0, 1, above=True)
+        self._number("min_p", Real, 0, 1)
+        self._number("repetition_penalty", Real, 0, math.inf, above=True)
+        if self.seed is not None:
+            self._number("seed", Integral, -(2**63), 2**64 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be one or more non-empty strings, got {self.stop!r}")
+
+    def _number(self, name: str, kind: Any, low: float, high: float, above: bool = False) -> None:
+        value = getattr(self, name)
+        fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        if not fits or not low <= value <= high or (above and value == low):
+            what = "a whole number" if kind is Integral else "a number"
+            raise ValueError(f"{name} must be {what} {'above' if above else 'from'} {low} to {high}, got {value!r}")
 
 
 class Sampler:
     """Draws for one request: its seed's generator, and which ids it has seen (for the penalty)."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: list[int], device: torch.device):
+    def __init__(self, params: GenerationParams, vocab_size: int, prompt_ids: list[int], device: torch.device):
         self.params = params
         self.vocab_size = vocab_size  # of the tokenizer: the embedding's padding rows are never drawn
         self.generator = torch.Generator(device)
@@ -66,9 +85,9 @@ class Sampler:
         return int(token)
 
 
-def filtered_probs(logits: Tensor, params: SamplingParams) -> Tensor:
+def filtered_probs(logits: Tensor, params: GenerationParams) -> Tensor:
     """Probabilities [V] after temperature and the filters; they sum to 1. logits: fp32 [V]."""
-    logits = logits / params.temperature
+    logits = (logits - logits.max()) / params.temperature
     if 0 < params.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
     probs = logits.softmax(-1)

@@ -56,12 +56,15 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """The first of `FILES` that `folder` holds. ValueError if it holds none, or holds one in part."""
         folder = Path(folder)
-        if (folder / "tokenizer.json").is_file():
-            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return cls(_from_vocab(folder))
-        if (folder / "qwen.tiktoken").is_file():
-            return cls.from_tiktoken(folder / "qwen.tiktoken")
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                return cls(_from_vocab(folder))
+            if (folder / "qwen.tiktoken").is_file():
+                return cls.from_tiktoken(folder / "qwen.tiktoken")
+        except Exception as error:  # the library raises nothing narrower for a damaged file
+            raise ValueError(f"the tokenizer files of {folder} are damaged: {error}") from error
         raise ValueError(f"no tokenizer in {folder}: it needs one of {', or '.join(FILES)}")
 
     @classmethod

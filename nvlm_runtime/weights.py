@@ -26,6 +26,7 @@ from nvlm_runtime.model import NVLMModel
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} has no {path.name}, which every checkpoint folder needs")
     try:
         values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
@@ -142,6 +143,8 @@ def _shards(folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX} has no 'weight_map' of tensor names to files")
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{folder / INDEX}: 'weight_map' must name a file for every tensor")
         names = sorted(set(weight_map.values()))
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
@@ -179,7 +182,7 @@ def _check_index(folder: Path, where: Mapping[str, Path]) -> None:
 def _dummy_heads(config: NVLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> NVLMConfig:
     """The number of dummy heads, which config.json does not give, from the rows of the first qkv weight."""
     vision = config.vision
-    rows = shapes.get("vision_model.encoder.layers.0.attn.qkv.weight", (3 * vision.hidden_size,))[0]
+    rows = (*shapes.get("vision_model.encoder.layers.0.attn.qkv.weight", ()), 3 * vision.hidden_size)[0]
     dummy = rows // (3 * vision.head_dim) - vision.num_attention_heads
     if rows % (3 * vision.head_dim) or dummy < 0:
         raise ValueError(
@@ -217,7 +220,11 @@ def load(
         for name, entry in entries.items():
             if shapes[name] != entry.shape:
                 raise ValueError(f"{name} has shape {list(shapes[name])}, expected {list(entry.shape)}")
-        dtype = dtype or _dtype(values, files[where[next(iter(entries))]], next(iter(entries)))
+            stored = files[where[name]].get_slice(name).get_dtype()
+            if stored not in DTYPES:
+                raise ValueError(f"{name} is stored as {stored}, expected one of {', '.join(DTYPES)}")
+        first = next(iter(entries))
+        dtype = dtype or _dtype(values, files[where[first]].get_slice(first).get_dtype())
         model = model.to(dtype).to_empty(device=device)
         if config.text.tie_word_embeddings:
             model.language_model.tie()
@@ -232,14 +239,14 @@ def load(
     return model.eval(), values
 
 
-def _dtype(values: Mapping[str, Any], file: Any, name: str) -> torch.dtype:
+def _dtype(values: Mapping[str, Any], stored: str) -> torch.dtype:
     given = values.get("torch_dtype", values.get("dtype"))
     if given is None:
-        return file.get_tensor(name).dtype
-    dtype = getattr(torch, str(given), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"config: torch_dtype must be a floating type torch knows, got {given!r}")
-    return dtype
+        return DTYPES[stored]
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if given not in known:
+        raise ValueError(f"config: torch_dtype must be one of {', '.join(known)}, got {given!r}")
+    return known[given]
 
 
 def save(
@@ -252,7 +259,8 @@ def save(
     """Writes config.json and the weights in the published layout, dummy heads put back.
 
     dtype: of the files, the parameters' own when None. run_dtype: what config.json asks a loader to compute in, the
-    files' when None. Each file is written under a temporary name first; the index, or the one file, comes last.
+    files' when None. Every file is written under a temporary name first. An index and shards that stood in the
+    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
@@ -279,12 +287,20 @@ def save(
         save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
         (folder / f"{file}.partial").rename(folder / file)
     run_dtype = str(run_dtype or dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(to_hf(model.config, run_dtype), indent=2) + "\n")
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{INDEX}.partial").write_text(json.dumps(index, indent=2) + "\n")
-        (folder / f"{INDEX}.partial").rename(folder / INDEX)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for stale in set(folder.glob("model*.safetensors")) - {folder / name for name in names}:
+        stale.unlink()
+    _write_json(folder / "config.json", to_hf(model.config, run_dtype))
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.rename(path)
 
 
 def _to_file(parameter: Tensor, entry: Entry, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ The tower is frozen, so every document is encoded once, into a file that all thr
 drawn anew each epoch, several questions a document.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ IGNORE = -100
 
 def document_at(seed: int, index: int) -> Document:
     return make_document(f"train:{seed}:{index}")
+
+
+def documents_hash(seed: int) -> str:
+    """Eight letters that change when documents are drawn or written otherwise."""
+    digest = hashlib.sha256()
+    for index in range(20):
+        document = document_at(seed, index)
+        digest.update(repr(document.tiles).encode() + draw(document).tobytes())
+    return digest.hexdigest()[:8]
 
 
 def plan_of(document: Document) -> TilePlan:

@@ -9,6 +9,7 @@ from nvlm_runtime.engine import NVLM
 from nvlm_runtime.micro.document import GRIDS, draw, make_document
 from nvlm_runtime.micro.questions import questions
 from nvlm_runtime.request import Prepared
+from nvlm_runtime.sampling import GenerationParams
 
 BATCH = 25
 
@@ -65,7 +66,7 @@ def evaluate(
             prepared = [_open(each) for each in prepared]
         if blank_tiles:
             prepared = [_blank(each) for each in prepared]
-        outputs = model.generate_batch(prepared, max_new_tokens=32)
+        outputs = model.generate_batch(prepared, GenerationParams(max_new_tokens=32))
         for (_, question), output in zip(batch, outputs, strict=True):
             count = kinds.setdefault(question.kind, [0, 0])
             count[0] += 1

@@ -124,14 +124,11 @@ def pretrain(
     batch: int = 128,
     lr: float = 2e-3,
     compile: bool = True,
-    start: dict[str, Tensor] | None = None,
 ) -> tuple[InternViT, DenseHeads]:
     """Trains a tower on `steps` batches of tiles. Returns it frozen, in eval mode, with the heads that read it."""
     torch.manual_seed(seed)
     side = config.image_size // config.patch_size
     tower, heads = InternViT(config), DenseHeads(config.hidden_size)
-    if start:
-        tower.load_state_dict(start)
     encode = torch.compile(tower) if compile else tower
     params = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)

@@ -1,6 +1,7 @@
 """Trains a micro NVLM: the shared tower once, its features once, then the projector and decoder of one variant.
 
-Everything is drawn from seeds. A work folder holds what the variants share and is reused when it is whole.
+Everything is drawn from seeds. A work folder holds what the variants share, under names that say what it was made
+from, and is reused.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvlm_runtime.micro.dataset import IGNORE, Batch, batches, write_features
+from nvlm_runtime.micro.dataset import IGNORE, Batch, batches, documents_hash, write_features
 from nvlm_runtime.micro.questions import KINDS
 from nvlm_runtime.micro.tower import DenseHeads, pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
@@ -57,7 +58,7 @@ def init_weights(model: NVLMModel) -> None:
 
 def shared_tower(model: NVLMModel, work: Path, seed: int, steps: int, log: Log) -> DenseHeads:
     """Loads the work folder's tower into the model, pretraining it first where there is none. Returns its heads."""
-    path = work / f"tower-{seed}.pt"
+    path = work / f"tower-{seed}-{steps}-{documents_hash(seed)}.pt"
     if not path.exists():
         partial = path.with_suffix(".partial")
         tower, heads = pretrain(MICRO_VISION, seed, log, steps)
@@ -114,11 +115,13 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, 
     """Trains a micro model of a variant ("d", "x" or "h") and writes its checkpoint to `out`, weights in bfloat16."""
     config = PRESETS[f"micro-{variant}"]
     work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
     init_weights(model)
     init_projector(model, shared_tower(model, work, seed, recipe.tower_steps, log))
-    features = work / f"features-{seed}-{recipe.num_documents}.npy"
+    documents = f"{seed}-{recipe.tower_steps}-{recipe.num_documents}-{documents_hash(seed)}"
+    features = work / f"features-{documents}.npy"
     if not features.exists():
         write_features(model, features, seed, recipe.num_documents, log)
     stream = batches(

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from nvlm_runtime.engine import NVLM
 from nvlm_runtime.request import Row
-from nvlm_runtime.sampling import Sampler, SamplingParams
+from nvlm_runtime.sampling import GenerationParams, Sampler
 from nvlm_runtime.tokenizer import TextStream
 from tests.runtime.small import small_engine
 
@@ -132,8 +133,29 @@ def test_sampled_answers_repeat_with_their_seed(engine):
     assert engine.generate("What?", seed=4, **options).token_ids != first.token_ids
 
 
+def test_an_answer_that_goes_on_has_no_finish_reason(engine):
+    stream = engine.stream("What?", max_new_tokens=5, ignore_eos=True)
+    assert stream.output.finish_reason is None
+    for _ in stream:
+        pass
+    assert stream.output.finish_reason == "length"
+
+
+def test_weights_that_are_not_finite_are_an_error():
+    engine = small_engine("d")
+    engine.model.language_model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        engine.generate("What?")
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
+def test_refuses_devices_that_are_not_there(device):
+    with pytest.raises(ValueError, match=f"device '{device}'"):
+        NVLM.load("micro-d", device=device)
+
+
 def test_padding_rows_of_the_embedding_are_never_drawn(engine):
-    sampler = Sampler(SamplingParams(temperature=5.0, seed=0), engine.tokenizer.vocab_size, [], torch.device("cpu"))
+    sampler = Sampler(GenerationParams(temperature=5.0, seed=0), engine.tokenizer.vocab_size, [], torch.device("cpu"))
     logits = torch.zeros(512)
     logits[engine.tokenizer.vocab_size :] = 50.0
     assert max(sampler.draw(logits) for _ in range(200)) < engine.tokenizer.vocab_size
@@ -150,7 +172,15 @@ def pads(count):
         ({"prompt": " \n"}, "prompt is empty"),
         ({}, "exactly one of prompt, messages and input_ids"),
         ({"prompt": "a", "input_ids": [1]}, "exactly one of"),
+        ({"prompt": 5}, "prompt must be a string"),
         ({"prompt": "a", "images": "picture.png"}, "must be a list"),
+        ({"prompt": "a", "images": IMAGE}, "must be a list"),
+        ({"prompt": "a", "images": np.zeros((3, 8, 3), np.uint8)}, "must be a list"),
+        ({"input_ids": [1.5]}, "whole numbers"),
+        ({"input_ids": [True]}, "whole numbers"),
+        ({"input_ids": ["7"]}, "whole numbers"),
+        ({"input_ids": [[5, 6]]}, "whole numbers"),
+        ({"input_ids": 5}, "whole numbers"),
         ({"prompt": "<image> and <image>", "images": [IMAGE]}, "2 places for images, but there are 1"),
         ({"prompt": "<image>"}, "1 places for images, but there are 0"),
         ({"input_ids": []}, "input_ids is empty"),

@@ -372,6 +372,18 @@ def test_a_file_cut_anywhere_opens_or_is_refused_in_words(tmp_path, name):
             assert str(error).startswith(f"{path} is ") and ", expected" in str(error)
 
 
+def test_several_frames_cut_anywhere_are_refused_in_words(tmp_path):
+    path = tmp_path / "a.gif"
+    _noise(8, 8).save(path, save_all=True, append_images=[_noise(8, 8, seed=1)])
+    whole = path.read_bytes()
+    for length in range(len(whole) // 2, len(whole), 3):
+        path.write_bytes(whole[:length])
+        try:
+            assert open_image(path).size == (8, 8)
+        except ValueError as error:
+            assert str(error).startswith((f"{path} is truncated", f"{path} holds 2 frames"))
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tiff"])
 def test_several_frames_are_refused(tmp_path, name):
     _noise(8, 8).save(tmp_path / name, save_all=True, append_images=[_noise(8, 8, seed=s) for s in (1, 2)])

@@ -9,6 +9,8 @@ from PIL import Image
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.prompt import find_blocks
+from nvlm_runtime.sampling import GenerationParams
 from tests.runtime.small import CONFIGS, randomise, small_engine, small_model
 
 VARIANTS = ("d", "x", "h")
@@ -63,11 +65,27 @@ def test_cached_generation_with_other_cross_layers(variant, switches):
 def test_a_batch_is_its_rows_alone(variant):
     model = small_engine(variant)
     prepared = [model.prepare(prompt, images) for prompt, images in REQUESTS.values()]
-    together = model.generate_batch(prepared, max_new_tokens=8, ignore_eos=True)
-    for each, output in zip(prepared, together, strict=True):
-        alone = model.generate_batch([each], max_new_tokens=8, ignore_eos=True)[0]
-        assert output.token_ids == alone.token_ids
-        assert output.text == alone.text
+    params = GenerationParams(max_new_tokens=8, ignore_eos=True)
+    alone = [model.generate_batch([each], params)[0] for each in prepared]
+    together = model.generate_batch(prepared, params)
+    assert [out.token_ids for out in together] == [out.token_ids for out in alone]
+    assert [out.text for out in together] == [out.text for out in alone]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_a_batch_end_each_in_its_time(variant):
+    model = small_engine(variant)
+    prepared = [model.prepare(prompt, images) for prompt, images in REQUESTS.values()]
+    prepared.append(model.prepare(input_ids=[100 + i % 300 for i in range(509)]))  # the context ends this one
+    free = GenerationParams(max_new_tokens=12, ignore_eos=True)
+    texts = [model.generate_batch([each], free)[0].text for each in prepared]
+    stops = [text[2 + row : 5 + row] for row, text in enumerate(texts) if text[2 + row : 5 + row]]
+    params = GenerationParams(max_new_tokens=12, ignore_eos=True, stop=stops)
+    alone = [model.generate_batch([each], params)[0] for each in prepared]
+    together = model.generate_batch(prepared, params)
+    assert len({len(out.token_ids) for out in together}) > 1, "they end at different steps"
+    assert [out.token_ids for out in together] == [out.token_ids for out in alone]
+    assert [out.text for out in together] == [out.text for out in alone]
 
 
 @pytest.mark.parametrize("ffn", ["none", "swiglu", "gelu4x"])
@@ -92,16 +110,13 @@ def test_pixels_never_change_what_stands_before_them(variant):
     prompt = "Before it all, <image> and then <image> and more"
     first, second = picture((96, 64)), picture((64, 64), 1)
     ids = model.prepare(prompt, [first, second]).input_ids
-    blocks = model.prepare(prompt, [first, second]).layout.intervals
+    plans = model.prepare(prompt, [first, second]).plans
+    starts = [block.start for block in find_blocks(model.tokenizer, model.config, ids, plans)]
     base = model.logits(ids, [first, second])
-    other_second = model.logits(ids, [first, picture((64, 64), 2)])
-    other_first = model.logits(ids, [picture((96, 64), 3), second])
-    changed_second = (base != other_second).any(-1).nonzero().flatten()
-    changed_first = (base != other_first).any(-1).nonzero().flatten()
-    text = model.tokenizer.decode(ids[: changed_first[0]])
-    assert text.endswith("Before it all, <Image>") or variant == "d" and "<Image><tile" in text
-    assert changed_first[0] < changed_second[0], "the second picture stands later"
-    assert blocks.shape == (len(ids), 2)
+    for start, other in zip(starts, ([picture((96, 64), 3), second], [first, picture((64, 64), 2)]), strict=True):
+        changed = model.logits(ids, other)
+        assert torch.equal(base[:start], changed[:start])
+        assert (base[-1] != changed[-1]).any(), "and what stands after it does change"
 
 
 def test_every_subtoken_of_a_tag_sees_its_own_tile_alone():
@@ -171,7 +186,7 @@ def test_a_text_row_in_a_mixed_batch_is_exactly_the_text_model():
     text = NVLM(bare.eval(), make_tokenizer(512))
     prepared = [model.prepare("What is it?"), model.prepare("What is it?", [picture((96, 64))])]
     want = text.generate("What is it?", max_new_tokens=8, ignore_eos=True)
-    got = model.generate_batch(prepared, max_new_tokens=8, ignore_eos=True)[0]
+    got = model.generate_batch(prepared, GenerationParams(max_new_tokens=8, ignore_eos=True))[0]
     assert got.token_ids == want.token_ids
 
 

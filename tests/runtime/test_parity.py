@@ -1,5 +1,7 @@
 """Against code nobody here wrote: transformers' Qwen2, Llama and InternVL, small random weights, fp32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -7,8 +9,9 @@ from transformers.models.internvl.modeling_internvl import InternVLMultiModalPro
 
 from nvlm_kernels import pixel_shuffle
 from nvlm_runtime.cache import KVCache
-from nvlm_runtime.config import RopeScaling, TextConfig, VisionConfig
+from nvlm_runtime.config import NVLMConfig, RopeScaling, TextConfig, VisionConfig
 from nvlm_runtime.decoder import Decoder
+from nvlm_runtime.model import projector as projector_of
 from nvlm_runtime.vision import InternViT
 from tests.runtime.small import randomise
 
@@ -151,8 +154,13 @@ def test_vision_and_projector():
         got = ours(pixels)
         assert (got - want).abs().max() < 1e-4
         shuffled = transformers.InternVLModel.pixel_shuffle(None, want.reshape(3, 4, 4, 48), 0.5)
+        for layer in (projector.linear_1, projector.linear_2):
+            layer.bias.zero_()  # NVLM's has none
         want = projector(shuffled.reshape(3, 4, -1))
-        ours_projector = torch.nn.Sequential(
-            projector.layer_norm, projector.linear_1, torch.nn.GELU(), projector.linear_2
-        )
+        text = replace(text_config("Qwen2ForCausalLM", False, None), intermediate_size=64)  # InternVL's inner width
+        ours_projector = projector_of(NVLMConfig("d", config, text, None))
+        for name, weights in (("0", projector.layer_norm), ("1", projector.linear_1), ("3", projector.linear_2)):
+            for kind, value in weights.named_parameters():
+                if f"{name}.{kind}" in dict(ours_projector.named_parameters()):
+                    ours_projector.get_parameter(f"{name}.{kind}").copy_(value)
         assert (ours_projector(pixel_shuffle(got, "v2")) - want).abs().max() < 1e-4

@@ -1,11 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
-from nvlm_runtime.sampling import Sampler, SamplingParams, filtered_probs
+from nvlm_runtime.sampling import GenerationParams, Sampler, filtered_probs
 
 
 def draw(logits, count=1, vocab=None, prompt=(), **params):
-    sampler = Sampler(SamplingParams(**params), vocab or len(logits), list(prompt), torch.device("cpu"))
+    sampler = Sampler(GenerationParams(**params), vocab or len(logits), list(prompt), torch.device("cpu"))
     return [sampler.draw(logits) for _ in range(count)]
 
 
@@ -44,7 +45,7 @@ def test_draws_follow_the_distribution():
     ids=str,
 )
 def test_filters(params, kept):
-    got = filtered_probs(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), SamplingParams(temperature=1.0, **params))
+    got = filtered_probs(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), GenerationParams(temperature=1.0, **params))
     assert got.nonzero().flatten().tolist() == kept
     want = torch.tensor([0.5, 0.3, 0.15, 0.05])[kept]
     torch.testing.assert_close(got[kept], want / want.sum())
@@ -52,7 +53,15 @@ def test_filters(params, kept):
 
 def test_temperature_sharpens():
     logits = torch.tensor([2.0, 1.0])
-    torch.testing.assert_close(filtered_probs(logits, SamplingParams(temperature=0.5)), (2 * logits).softmax(-1))
+    torch.testing.assert_close(filtered_probs(logits, GenerationParams(temperature=0.5)), (2 * logits).softmax(-1))
+
+
+def test_a_tiny_temperature_is_greedy():
+    assert draw(torch.tensor([1.0, 3.0, 2.0]), 5, temperature=1e-40, seed=0) == [1] * 5
+
+
+def test_numpy_numbers_are_numbers():
+    GenerationParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int64(1), max_new_tokens=np.int32(5))
 
 
 def test_repetition_penalty_counts_prompt_and_answer():
@@ -75,9 +84,20 @@ def test_repetition_penalty_counts_prompt_and_answer():
         {"repetition_penalty": 0.0},
         {"temperature": "warm"},
         {"temperature": True},
+        {"top_k": 2.5},
+        {"seed": 1.5},
+        {"seed": 2**70},
+        {"seed": "a"},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"max_new_tokens": 2.0},
+        {"stop": [""]},
+        {"stop": 5},
+        {"stop": None},
+        {"ignore_eos": 1},
     ],
     ids=str,
 )
 def test_rejects(params):
     with pytest.raises(ValueError, match=next(iter(params))):
-        SamplingParams(**params)
+        GenerationParams(**params)

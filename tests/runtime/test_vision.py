@@ -63,6 +63,8 @@ def test_a_tile_does_not_depend_on_its_batch():
     together = tower(pixels)
     for i in range(5):
         torch.testing.assert_close(tower(pixels[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-5)
+        embedding = tower.embeddings.patch_embedding
+        assert torch.equal(embedding(pixels[i : i + 1])[0], embedding(pixels)[i]), "bit for bit"
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 16), (2, 1, 32, 32), (2, 3, 64, 64)], ids=str)

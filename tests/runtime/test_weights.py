@@ -344,6 +344,20 @@ def test_refuses_folders_without_a_model(tmp_path, checkpoint):
     ("path", "value", "message"),
     [
         ("architectures", ["LlavaForConditionalGeneration"], "architectures must be one of"),
+        ("architectures", [["NVLM_D"]], "architectures must be one of"),
+        ("vision_config.num_attention_heads", 0, "must be 1 or more"),
+        ("vision_config.patch_size", 0, "must be 1 or more"),
+        ("vision_config.layer_norm_eps", float("nan"), "layer_norm_eps"),
+        ("vision_config.num_dummy_heads", -1, "must be 0 or more"),
+        ("llm_config.num_key_value_heads", 0, "must be 1 or more"),
+        ("llm_config.num_hidden_layers", -1, "must be 1 or more"),
+        ("llm_config.rope_theta", 0, "rope_theta"),
+        ("llm_config.attention_bias", 1, "'attention_bias'"),
+        ("llm_config.num_attention_heads", 32, "must be even"),
+        ("llm_config.rope_scaling", {"type": "yarn", "factor": 4.0, "attention_factor": 2.0}, "attention_factor"),
+        ("llm_config.rope_scaling", {"type": "yarn", "factor": 0}, "factor"),
+        ("select_layer", -1.0, "'select_layer'"),
+        ("torch_dtype", "float8_e4m3fn", "torch_dtype must be one of"),
         ("ps_version", "v3", "'ps_version' must be 'v1' or 'v2'"),
         ("ps_version", None, "has no 'ps_version'"),
         ("use_thumbnail", False, "'use_thumbnail' must be True"),
@@ -367,7 +381,7 @@ def test_refuses_folders_without_a_model(tmp_path, checkpoint):
     ],
     ids=lambda v: str(v)[:30],
 )
-def test_config_never_guesses(path, value, message):
+def test_config_never_guesses(checkpoint, path, value, message):
     config = published_config()
     *parents, key = path.split(".")
     section = config
@@ -377,15 +391,62 @@ def test_config_never_guesses(path, value, message):
         del section[key]
     else:
         section[key] = value
+    (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("layers", [["a"], [None], [[0]], [0.0, 2.0], [False, True], [2, 0], [0, 9]], ids=str)
+def test_cross_layers_are_layer_numbers(layers):
+    config = published_config() | {"architectures": ["NVLM_X"]}
+    config["cross_attention"] = {"layers": layers, "placement": "inside", "ffn": "none"}
+    with pytest.raises(ValueError, match="layer"):
         from_hf(config)
 
 
 def test_config_reads_yarn():
+    """Qwen2 publishes it beside max_position_embeddings 32768: the context is then 131,072."""
     config = published_config()
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config["llm_config"]["rope_scaling"] = scaling
-    assert from_hf(config).text.rope_scaling == RopeScaling(4.0, 32768)
+    text = from_hf(config).text
+    assert text.rope_scaling == RopeScaling(4.0, 32768) and text.context == 131072
+    other = replace(CONFIGS["d"], projector_eps=1e-6)
+    other = replace(other, text=replace(other.text, rope_scaling=RopeScaling(2.0, 64, 16.0, 2.0)))
+    assert from_hf(to_hf(other, "float32")) == other
+
+
+def test_a_saved_checkpoint_replaces_the_one_that_stood_there(tmp_path):
+    model = small_model("d")
+    save(model, tmp_path, shard_bytes=20_000)
+    model.mlp1[1].weight.data.zero_()
+    save(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert not load(tmp_path)[0].mlp1[1].weight.any()
+
+
+def test_refuses_tensors_that_are_no_floats(checkpoint):
+    name = "language_model.model.norm.weight"
+    edit_shard(checkpoint, name, lambda tensors: tensors.update({name: torch.ones(TEXT, dtype=torch.int64)}))
+    with pytest.raises(ValueError, match=r"norm.weight is stored as I64, expected one of BF16, F16, F32, F64"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", ""], ids=repr)
+def test_refuses_a_damaged_tokenizer(checkpoint, text):
+    (checkpoint / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer files of .* are damaged"):
+        NVLM.load(checkpoint)
+
+
+def test_refuses_a_tokenizer_larger_than_the_embedding(checkpoint):
+    config = published_config()
+    config["llm_config"]["vocab_size"] = 300
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        edit_shard(checkpoint, name, lambda t, name=name: t.update({name: t[name][:300].clone()}))
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tokens, the embedding only 300 rows"):
+        NVLM.load(checkpoint)
 
 
 @pytest.mark.parametrize("name", PRESETS)
