@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	@for variant in d x h; do \
-		echo; echo "== NVLM-$$variant: What is the total?"; \
+		echo; echo "micro-$$variant: What is the total?"; \
 		$(RUN)/nvlm ask examples/receipt.png "What is the total?" --model micro-$$variant --plan --timings || exit 1; \
 	done
 
