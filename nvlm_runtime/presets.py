@@ -105,11 +105,7 @@ def _family(
 
 def _micro(variant: Literal["d", "x", "h"]) -> NVLMConfig:
     layers = tuple(range(MICRO_TEXT.num_hidden_layers))
-    cross = {
-        "d": None,
-        "x": CrossConfig(layers),
-        "h": CrossConfig(layers, positions="sinusoidal"),
-    }[variant]
+    cross = None if variant == "d" else CrossConfig(layers, positions="sinusoidal")
     return NVLMConfig(variant=variant, vision=MICRO_VISION, text=MICRO_TEXT, cross=cross)
 
 

@@ -18,7 +18,7 @@ from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.image import TilePlan, plan_tiles, tile_pixels
 from nvlm_runtime.layout import Layout, make_layout
 from nvlm_runtime.micro.document import SIDE, Document, draw, make_document
-from nvlm_runtime.micro.questions import Question, questions
+from nvlm_runtime.micro.questions import Question, questions, transcription
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.prompt import build_prompt, tag_ids
 from nvlm_runtime.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ def batches(
             document = document_at(seed, index)
             if num_batches < num_short and len(document.tiles) > 2:
                 continue
-            chosen = _choose(rng, document, num_questions)
+            chosen = [*_choose(rng, document, num_questions), transcription(document)]
             if chosen:
                 pool.append(
                     make_sample(config, tokenizer, document, chosen, slice(*map(int, offsets[index : index + 2])))

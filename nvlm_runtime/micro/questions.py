@@ -71,6 +71,16 @@ def _by_look(document: Document) -> list[Question]:
     return found
 
 
+def transcription(document: Document) -> Question:
+    """Everything the picture shows, tile by tile: dense supervision for reading, asked in training alone."""
+    rows = []
+    for number, tile in enumerate(document.tiles, start=1):
+        parts = [f"{tile.shape.colour} {tile.shape.name}"] if tile.shape else []
+        parts += [line.text for line in sorted(tile.lines, key=lambda line: line.y)]
+        rows.append(" ".join(parts) if len(document.tiles) == 1 else f"{number} {' '.join(parts)}")
+    return Question("page", "Read the picture.", "\n".join(rows))
+
+
 def questions(document: Document) -> list[Question]:
     """Every question the document answers, in a fixed order. May be empty."""
     if len(document.tiles) == 1:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nvlm_runtime.micro.dataset import IGNORE, Batch, batches, documents_hash, write_features
 from nvlm_runtime.micro.questions import KINDS
@@ -73,19 +74,21 @@ def shared_tower(model: NVLMModel, work: Path, seed: int, steps: int, log: Log) 
 
 
 @torch.no_grad()
-def init_projector(model: NVLMModel, heads: DenseHeads) -> None:
+def init_projector(model: NVLMModel, heads: DenseHeads, features: Tensor) -> None:
     """Lets the projector's first linear begin with what the heads read from each of a token's four patches.
 
-    A layer too narrow for all of it (NVLM-X's) takes random mixtures.
+    A layer too narrow for all of it (NVLM-X's) takes random mixtures. The last linear is scaled so that image tokens of
+    these features [N, P, 4C] have the embeddings' standard deviation: cross-attention does not norm its keys, and
+    larger ones saturate it before it has learned anything.
     """
-    first = model.mlp1[1]
+    first, last = model.mlp1[1], model.mlp1[-1]
     readout = torch.block_diag(*[heads.readout()] * 4)  # [4 * targets, 4 * width]
-    readout = readout * readout.shape[1] ** 0.5 / model.config.vision.hidden_size**0.5
     if len(readout) <= len(first.weight):
         first.weight[: len(readout)] = readout
     else:
         mixture = torch.randn(len(first.weight), len(readout)) * len(readout) ** -0.5
         first.weight.copy_(mixture @ readout)
+    last.weight *= model.language_model.embed_tokens.weight.std() / model.project(features).std()
 
 
 class Score:
@@ -95,11 +98,11 @@ class Score:
     """
 
     def __init__(self):
-        self.right = dict.fromkeys(KINDS, 0.0)
-        self.asked = dict.fromkeys(KINDS, 1e-9)
+        self.right = dict.fromkeys((*KINDS, "page"), 0.0)
+        self.asked = dict.fromkeys((*KINDS, "page"), 1e-9)
 
     def add(self, batch: Batch, correct: torch.Tensor) -> None:
-        for kind in KINDS:
+        for kind in self.asked:
             self.right[kind] *= 0.98
             self.asked[kind] *= 0.98
         for row, kinds in enumerate(batch.kinds):
@@ -108,7 +111,7 @@ class Score:
                 self.asked[kind] += 1
 
     def __str__(self) -> str:
-        return " ".join(f"{kind} {self.right[kind] / self.asked[kind]:.2f}" for kind in KINDS)
+        return " ".join(f"{kind} {self.right[kind] / self.asked[kind]:.2f}" for kind in self.asked)
 
 
 def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, log: Log) -> None:
@@ -119,11 +122,12 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, 
     torch.manual_seed(seed)
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
     init_weights(model)
-    init_projector(model, shared_tower(model, work, seed, recipe.tower_steps, log))
+    heads = shared_tower(model, work, seed, recipe.tower_steps, log)
     documents = f"{seed}-{recipe.tower_steps}-{recipe.num_documents}-{documents_hash(seed)}"
     features = work / f"features-{documents}.npy"
     if not features.exists():
         write_features(model, features, seed, recipe.num_documents, log)
+    init_projector(model, heads, torch.from_numpy(np.load(features, mmap_mode="r")[:256].astype(np.float32)))
     stream = batches(
         config,
         tokenizer,
