@@ -53,10 +53,11 @@ def _print_plan(console: Console, plan: TilePlan, config: NVLMConfig) -> None:
         f"{values['decoder_image_tokens']} image tokens in the decoder, "
         f"{values['cross_image_tokens']} in cross-attention",
         highlight=False,
+        soft_wrap=True,
     )
     for row in range(plan.rows if plan.has_thumbnail else 0):
         tags = values["tags"][row * plan.cols : (row + 1) * plan.cols]
-        console.print("  " + " ".join(tag or "-" for tag in tags), highlight=False, markup=False)
+        console.print("  " + " ".join(tag or "-" for tag in tags), highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_timings(console: Console, output: Output) -> None:

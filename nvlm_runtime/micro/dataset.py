@@ -24,6 +24,8 @@ from nvlm_runtime.prompt import build_prompt, tag_ids
 from nvlm_runtime.tokenizer import Tokenizer
 
 IGNORE = -100
+# Finding a thing by its look comes last: nothing in the question says where to search.
+KIND_WEIGHTS = {"tile": 1, "read": 1, "position": 1, "colour": 3, "shape": 1, "field": 2}
 
 
 def document_at(seed: int, index: int) -> Document:
@@ -99,13 +101,13 @@ def make_sample(
 
 
 def _choose(rng: random.Random, document: Document, limit: int) -> list[Question]:
-    """Up to `limit` questions, each kind as likely as any other."""
+    """Up to `limit` questions, their kinds drawn by KIND_WEIGHTS."""
     kinds: dict[str, list[Question]] = {}
     for question in questions(document):
         kinds.setdefault(question.kind, []).append(question)
     chosen: list[Question] = []
     while kinds and len(chosen) < limit:
-        kind = rng.choice(list(kinds))
+        (kind,) = rng.choices(list(kinds), [KIND_WEIGHTS[kind] for kind in kinds])
         chosen.append(kinds[kind].pop(rng.randrange(len(kinds[kind]))))
         if not kinds[kind]:
             del kinds[kind]
@@ -129,11 +131,13 @@ def batches(
     num_documents: int,
     batch: int,
     num_questions: int,
-    num_short: int = 0,
+    num_short: int,
+    num_transcribed: int,
 ) -> Iterator[Batch]:
-    """For ever. Conversations of like length share a batch; the first `num_short` batches are of one or two tiles.
+    """For ever. Conversations of like length share a batch.
 
-    Short documents first: a decoder that has to find a glyph among 140 image tokens learns it sooner among 40.
+    The first `num_short` batches are of documents of one or two tiles: a decoder that has to find a glyph among 140
+    image tokens learns it sooner among 40. In the first `num_transcribed` every conversation ends with a transcription.
     """
     file = np.load(path, mmap_mode="r")
     counts = [plan_of(document_at(seed, i)).num_tiles for i in range(num_documents)]
@@ -148,7 +152,9 @@ def batches(
             document = document_at(seed, index)
             if num_batches < num_short and len(document.tiles) > 2:
                 continue
-            chosen = [*_choose(rng, document, num_questions), transcription(document)]
+            chosen = _choose(rng, document, num_questions)
+            if num_batches < num_transcribed:
+                chosen.append(transcription(document))
             if chosen:
                 pool.append(
                     make_sample(config, tokenizer, document, chosen, slice(*map(int, offsets[index : index + 2])))

@@ -29,8 +29,8 @@ def _samples(seed: int, samples: int) -> list[tuple[Any, Any]]:
     return found
 
 
-def _open(prepared: Prepared) -> Prepared:
-    """Every row that sees a tile sees every tile of its images."""
+def open_tag_mask(prepared: Prepared) -> Prepared:
+    """Every row that sees a tile sees every tile of all the images."""
     intervals = prepared.layout.intervals.clone()
     sees = intervals[:, 1] > intervals[:, 0]
     intervals[sees] = torch.tensor([0, prepared.layout.cross_length])
@@ -63,7 +63,7 @@ def evaluate(
         batch = pairs[first : first + BATCH]
         prepared = [model.prepare(question.text, [draw(document)]) for document, question in batch]
         if open_mask:
-            prepared = [_open(each) for each in prepared]
+            prepared = [open_tag_mask(each) for each in prepared]
         if blank_tiles:
             prepared = [_blank(each) for each in prepared]
         outputs = model.generate_batch(prepared, GenerationParams(max_new_tokens=32))

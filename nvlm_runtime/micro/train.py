@@ -29,15 +29,16 @@ class Recipe:
     """Sizes of a training run.
 
     batch: documents a step; num_questions: the most asked of one document at a time; num_short: steps on documents of
-    one or two tiles, which come first.
+    one or two tiles, which come first; num_transcribed: steps whose conversations end with a transcription.
     """
 
-    steps: int = 2500
+    steps: int = 4000
     tower_steps: int = 3000
     num_documents: int = 20000
     batch: int = 16
     num_questions: int = 8
     num_short: int = 600
+    num_transcribed: int = 2000
     lr: float = 2e-3
 
 
@@ -137,6 +138,7 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, 
         recipe.batch,
         recipe.num_questions,
         recipe.num_short,
+        recipe.num_transcribed,
     )
     train_decoder(model, stream, recipe, log)
     save(model, out, dtype=torch.bfloat16, run_dtype=torch.float32)

@@ -55,7 +55,7 @@ def test_info(capsys, tmp_path):
     with Image.open(tmp_path / "tiles.png") as drawn:
         assert drawn.size == (448 * plan["cols"], 448 * plan["rows"])
     code, out, _ = run(capsys, "info", "micro-h", RECEIPT)
-    assert code == 0 and "NVLM-H" in out and "gated cross-attention in layers 0, 2, 4" in " ".join(out.split())
+    assert code == 0 and "NVLM-H" in out and "gated cross-attention in layers 0, 1, 2, 3, 4, 5" in " ".join(out.split())
 
 
 def test_chat(capsys, monkeypatch, tmp_path):
