@@ -68,10 +68,11 @@ def _print_timings(console: Console, output: Output) -> None:
     for stage, seconds in output.timings.items():
         table.add_row(stage, f"{1e3 * seconds:.1f}", f"{seconds / max(total, 1e-9):.0%}")
     per_token = output.timings["decode"] / max(1, len(output.token_ids))
-    table.caption = (
-        f"{output.num_prompt_tokens} prompt tokens, {len(output.token_ids)} new, {1e3 * per_token:.1f} ms each"
-    )
     console.print(table)
+    console.print(
+        f"{output.num_prompt_tokens} prompt tokens, {len(output.token_ids)} new, {1e3 * per_token:.1f} ms each",
+        highlight=False,
+    )
 
 
 def _values(output: Output, config: NVLMConfig) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def test_train_micro_makes_a_checkpoint_that_loads(tmp_path):
     train_micro("h", 0, tmp_path / "out", tmp_path / "work", replace(recipe, batch=1), lambda line: None)
     model = NVLM.load(tmp_path / "out")
     assert model.config == PRESETS["micro-h"] and model.dtype == torch.float32
-    assert (tmp_path / "work" / "tower-0.pt").exists() and not list((tmp_path / "work").glob("*.partial"))
+    made = sorted(path.name.split("-")[0] for path in (tmp_path / "work").iterdir())
+    assert made == ["features", "tower"], "whole files, no partial ones"
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
