@@ -169,6 +169,12 @@ def test_published_layout_loads_and_survives_a_round_trip(checkpoint, tmp_path):
     got = model.model.vision_model.encoder.layers[1].attn.qkv.weight
     padded, real = (HEADS + DUMMY) * HEAD_DIM, HEADS * HEAD_DIM
     assert torch.equal(got, torch.cat([qkv[i * padded : i * padded + real] for i in range(3)])), "cropped in each third"
+    layer = model.model.language_model.layers[1]
+    for kind in ("weight", "bias"):
+        parts = [tensors[f"language_model.model.layers.1.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+        assert torch.equal(layer.self_attn.qkv_proj.get_parameter(kind), torch.cat(parts))
+    parts = [tensors[f"language_model.model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    assert torch.equal(layer.mlp.gate_up_proj.weight, torch.cat(parts))
     pad = model.tokenizer.special("<|vision_pad|>")
     ids = [5, *[pad] * 4, 9, 11]
     image = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy()
