@@ -1,0 +1,143 @@
+"""What a Triton kernel really reads and writes, seen through the interpreter (TRITON_INTERPRET=1).
+
+    with MemoryTrace() as trace:
+        op(x)
+    trace.access["_fwd_kernel", "x_ptr"].loaded
+
+Every unmasked lane of every load and store is checked: an address that belongs to no element of any tensor the
+kernel was given raises OutOfBounds, so a guard zone or a stride's gap can never be touched unseen. Masked lanes
+without `other=` read NaN (a large number in integers), as a GPU may leave anything there; the bare interpreter reads 0.
+Works on triton 3.6 to 3.9, whose interpreters share these entry points.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+
+class OutOfBounds(AssertionError):
+    """A kernel touched memory that none of its tensor arguments holds."""
+
+
+@dataclass
+class Access:
+    """Bytes one argument of one kernel moved. An address that several lanes of one instruction name counts once.
+
+    unique_loaded, unique_stored: bytes touched at least once in a launch, summed over launches: what a cache that
+    never evicts leaves for the memory.
+    """
+
+    loaded: int = 0
+    stored: int = 0
+    unique_loaded: int = 0
+    unique_stored: int = 0
+
+
+class _Array:
+    """The addresses of one tensor argument."""
+
+    def __init__(self, kernel: str, name: str, tensor: torch.Tensor):
+        self.key = (kernel, name)
+        self.item = tensor.element_size()
+        self.base = tensor.data_ptr()
+        index = np.zeros(1, dtype=np.int64)
+        for size, stride in zip(tensor.shape, tensor.stride()):
+            index = (index[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
+        self.live = np.zeros(int(index.max()) + 1 if index.size else 0, dtype=bool)
+        self.live[index] = True
+        self.seen = {kind: np.zeros_like(self.live) for kind in ("loaded", "stored")}
+
+    def holds(self, addresses: np.ndarray) -> np.ndarray:
+        at, offset = np.divmod(addresses - self.base, self.item)
+        inside = (offset == 0) & (at >= 0) & (at < len(self.live))
+        inside[inside] = self.live[at[inside]]
+        return inside
+
+    def mark(self, addresses: np.ndarray, kind: str) -> None:
+        self.seen[kind][(addresses - self.base) // self.item] = True
+
+
+@dataclass
+class MemoryTrace:
+    """A context; `launches` counts kernels started within it."""
+
+    access: dict[tuple[str, str], Access] = field(default_factory=lambda: defaultdict(Access))
+    launches: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> "MemoryTrace":
+        self._arrays: list[_Array] = []
+        self._saved = (
+            GridExecutor.__call__,
+            InterpreterBuilder.create_masked_load,
+            InterpreterBuilder.create_masked_store,
+        )
+        call, load, store = self._saved
+        trace = self
+
+        def traced_call(executor, *args, **kwargs):
+            named = dict(zip(executor.arg_names, args)) | kwargs
+            kernel = executor.fn.__name__
+            trace.launches.append(kernel)
+            outer = trace._arrays
+            trace._arrays = [_Array(kernel, n, t) for n, t in named.items() if isinstance(t, torch.Tensor)]
+            try:
+                call(executor, *args, **kwargs)
+                for array in trace._arrays:
+                    access = trace.access[array.key]
+                    access.unique_loaded += int(array.seen["loaded"].sum()) * array.item
+                    access.unique_stored += int(array.seen["stored"].sum()) * array.item
+            finally:
+                trace._arrays = outer
+
+        def traced_load(builder, ptrs, mask, other, *rest):
+            trace._touch(ptrs.data, mask.data, "loaded")
+            if other is None:
+                dtype = interpreter._get_np_dtype(ptrs.get_element_ty())
+                garbage = np.nan if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max // 2
+                other = TensorHandle(np.full(ptrs.data.shape, garbage, dtype=dtype), ptrs.get_element_ty())
+            return load(builder, ptrs, mask, other, *rest)
+
+        def traced_store(builder, ptrs, value, mask, *rest):
+            trace._touch(ptrs.data, mask.data, "stored")
+            return store(builder, ptrs, value, mask, *rest)
+
+        GridExecutor.__call__ = traced_call
+        InterpreterBuilder.create_masked_load = traced_load
+        InterpreterBuilder.create_masked_store = traced_store
+        return self
+
+    def __exit__(self, *_) -> None:
+        (
+            GridExecutor.__call__,
+            InterpreterBuilder.create_masked_load,
+            InterpreterBuilder.create_masked_store,
+        ) = self._saved
+
+    def _touch(self, pointers: np.ndarray, mask: np.ndarray, kind: str) -> None:
+        pointers, mask = np.broadcast_arrays(pointers, mask)
+        left = np.unique(pointers[mask].astype(np.int64))
+        for array in self._arrays:
+            if not len(left):
+                return
+            mine = array.holds(left)
+            if mine.any():
+                access = self.access[array.key]
+                setattr(access, kind, getattr(access, kind) + int(mine.sum()) * array.item)
+                array.mark(left[mine], kind)
+                left = left[~mine]
+        if len(left):
+            names = ", ".join(
+                f"{key[1]} [{array.base:#x} + {len(array.live) * array.item}]"
+                for array in self._arrays
+                for key in [array.key]
+            )
+            raise OutOfBounds(f"{len(left)} lanes {kind} outside every tensor, first at {left[0]:#x}; tensors: {names}")
+
+    def total(self) -> Access:
+        """All arguments of all kernels together."""
+        fields = ("loaded", "stored", "unique_loaded", "unique_stored")
+        return Access(*(sum(getattr(access, name) for access in self.access.values()) for name in fields))
