@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
@@ -85,7 +86,8 @@ class MemoryTrace:
             outer = trace._arrays
             trace._arrays = [_Array(kernel, n, t) for n, t in named.items() if isinstance(t, torch.Tensor)]
             try:
-                call(executor, *args, **kwargs)
+                with _disable_current_modes():  # the interpreter's own tensor work is no one's traffic
+                    call(executor, *args, **kwargs)
                 for array in trace._arrays:
                     access = trace.access[array.key]
                     access.unique_loaded += int(array.seen["loaded"].sum()) * array.item

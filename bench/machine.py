@@ -111,7 +111,9 @@ def compile_launch(launch: Launch, chip: Chip) -> Any:
 @dataclass(frozen=True)
 class Code:
     """spills: bytes of local memory a thread. widest_load: bytes of the widest global load. tensor_core: instructions
-    of the matrix unit. occupancy: resident warps over the most a multiprocessor holds."""
+    of the matrix unit, which a kernel with a tl.dot (has_dot) needs. occupancy: resident warps over the
+    most a multiprocessor holds.
+    """
 
     kernel: str
     chip: str
@@ -119,6 +121,7 @@ class Code:
     registers: int
     spills: int
     shared: int
+    has_dot: bool
     tensor_core: int
     widest_load: int
     occupancy: float
@@ -140,6 +143,7 @@ def inspect(compiled: Any, chip: Chip) -> Code:
         registers=registers,
         spills=spills,
         shared=shared,
+        has_dot="tt.dot" in compiled.asm["ttir"],
         tensor_core=tensor_core,
         widest_load=widest,
         occupancy=blocks * num_warps / chip.warps,

@@ -20,12 +20,6 @@ class KVCache:
     def capacity(self) -> int:
         return self.k.shape[2]
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """positions: [B, T]; k, v: [B, T, Hkv, D]."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.k[layer, rows, positions] = k
-        self.v[layer, rows, positions] = v
-
 
 @dataclass(frozen=True)
 class CrossKV:

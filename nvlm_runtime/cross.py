@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_kernels import tanh_gated_add, tile_attention
+from nvlm_kernels import gated_project, tanh_gated_add, tile_attention
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.vision import RMSNorm
 
@@ -64,12 +64,16 @@ class GatedCrossAttention(nn.Module):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return self.fc2(F.gelu(self.fc1(x)))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
-        """x: [B, T, C]; k, v: [B, S, Hkv, D]; intervals: [B, T, 2]. Returns [B, T, C]."""
-        q = self.q_proj(self.norm(x)).unflatten(-1, (-1, self.head_dim))
-        out = tile_attention(q, k, v, intervals)  # 0 in rows that see nothing, and o_proj has no bias
-        x = tanh_gated_add(x, self.o_proj(out.flatten(2)), self.gate)
+    def forward(self, x: Tensor, branch: Tensor | None, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
+        """x, branch: [B, T, C], the residual stream and what is still to be added to it; k, v: [B, S, Hkv, D];
+        intervals: [B, T, 2]. Returns [B, T, C].
+        """
+        x, normed = self.norm.join(x, branch)
+        q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))
+        sees = intervals[..., 1] > intervals[..., 0]
+        out = tile_attention(q, k, v, intervals)
+        x = gated_project(out.flatten(2), self.o_proj.weight, x, self.gate, sees)
         if self.ffn == "none":
             return x
-        sees = intervals[..., 1:] > intervals[..., :1]
-        return tanh_gated_add(x, torch.where(sees, self._feed_forward(self.ffn_norm(x)), 0), self.ffn_gate)
+        branch = torch.where(sees[..., None], self._feed_forward(self.ffn_norm(x)), 0)
+        return tanh_gated_add(x, branch, self.ffn_gate)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvlm_kernels import decode_attention, rotary, rotary_cache, swiglu
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.cross import GatedCrossAttention
-from nvlm_runtime.rotary import Rotary, rotate
+from nvlm_runtime.rotary import Rotary
 from nvlm_runtime.vision import RMSNorm
 
 
@@ -31,21 +32,16 @@ class CrossView:
 class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.sizes = [n * config.head_dim for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.sizes[0], config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], past: "Past") -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).split(self.sizes, dim=-1))
-        cos, sin = (t.to(x.dtype) for t in rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = past.extend(k, v)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D], [B, Hkv, S, D]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=past.mask, is_causal=past.is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size = self.num_heads * config.head_dim
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, size + 2 * self.num_kv_heads * config.head_dim, bias=config.qkv_bias
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: "Past") -> Tensor:
+        out = past.attend(self.qkv_proj(x), angles, self.num_heads, self.num_kv_heads)  # [B, T, H, D]
+        return self.o_proj(out.flatten(2))
 
 
 class MLP(nn.Module):
@@ -55,8 +51,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -70,42 +65,67 @@ class Layer(nn.Module):
         self.cross_attn = GatedCrossAttention(config, cross) if cross else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], past: "Past", image: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Tensor:
-        """image: this layer's k, v and the intervals, or None where nothing is to be seen."""
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        past: "Past",
+        image: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream is x + branch, the last block's output not yet added; returns the next such pair.
+
+        image: this layer's k, v and the intervals, or None where nothing is to be seen.
+        """
         if image is not None and self.cross_before:
-            x = self.cross_attn(x, *image)
-        x = x + self.self_attn(self.input_layernorm(x), rotary, past)
+            x, branch = self.cross_attn(x, branch, *image), None
+        x, normed = self.input_layernorm.join(x, branch)
+        branch = self.self_attn(normed, angles, past)
         if image is not None and not self.cross_before:
-            x = self.cross_attn(x, *image)
-        return x + self.mlp(self.post_attention_layernorm(x))
+            x, branch = self.cross_attn(x, branch, *image), None
+        x, normed = self.post_attention_layernorm.join(x, branch)
+        return x, self.mlp(normed)
 
 
 class Past:
-    """The keys and values a call attends to: its own, or a cache it writes to and reads from.
+    """Self-attention of a call to its own tokens, or to a cache it writes into and reads its first `visible` slots.
 
-    mask: bool [B, 1, T, S] or None; a call without a cache is plainly causal.
+    A call without a cache, and a whole prompt, are plainly causal and go through torch's attention. A few tokens behind
+    a cache (decoding) go through `decode_attention`; more of them take torch's attention with a mask bool [B, 1, T, S].
     """
+
+    MAX_DECODED = 8  # what decode_attention takes
 
     def __init__(self, cache: KVCache | None, positions: Tensor, visible: int):
         self.cache = cache
         self.positions = positions
         self.visible = visible
         self.layer = 0
-        length = positions.shape[1]
-        self.is_causal = cache is None or (length > 1 and visible == length)
-        self.mask = None
-        if not self.is_causal and not (len(positions) == 1 and length == 1):
+        num_tokens = positions.shape[1]
+        self.is_causal = cache is None or visible == num_tokens
+        self.lengths = self.mask = None
+        if not self.is_causal and num_tokens <= self.MAX_DECODED:
+            self.lengths = positions[:, -1] + 1  # slot s holds position s
+        elif not self.is_causal:
             slots = torch.arange(visible, device=positions.device)
-            self.mask = (slots <= positions[..., None])[:, None]  # slot s holds position s
+            self.mask = (slots <= positions[..., None])[:, None]
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
+        """qkv: [B, T, (H + 2 Hkv) * D], not rotated. Returns [B, T, H, D]. A cache moves on to its next layer."""
         if self.cache is None:
-            return k, v
-        self.cache.write(self.layer, self.positions, k, v)
-        k, v = self.cache.k[self.layer, :, : self.visible], self.cache.v[self.layer, :, : self.visible]
-        self.layer += 1
-        return k, v
+            q, k = rotary(qkv, *angles, num_heads, num_kv_heads)
+            v = qkv.unflatten(-1, (-1, q.shape[-1]))[:, :, -num_kv_heads:]
+        else:
+            k, v = self.cache.k[self.layer], self.cache.v[self.layer]
+            q = rotary_cache(qkv, *angles, k, v, self.positions, num_heads)
+            k, v = k[:, : self.visible], v[:, : self.visible]
+            self.layer += 1
+        if self.lengths is not None:
+            return decode_attention(q, k, v, self.lengths)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D], [B, Hkv, S, D]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.is_causal, enable_gqa=num_heads != num_kv_heads
+        )
+        return out.transpose(1, 2)
 
 
 class Decoder(nn.Module):
@@ -136,15 +156,15 @@ class Decoder(nn.Module):
         return CrossKV(k, v)
 
     def _run(self, x: Tensor, positions: Tensor, past: Past, view: CrossView | None) -> Tensor:
-        rotary = self.rotary(positions)
-        gated = 0
+        angles = self.rotary(positions, x.dtype)
+        branch, gated = None, 0
         for layer in self.layers:
             image = None
             if view is not None and layer.cross_attn is not None:
                 image = view.kv.k[gated], view.kv.v[gated], view.intervals
                 gated += 1
-            x = layer(x, rotary, past, image)
-        return self.norm(x)
+            x, branch = layer(x, branch, angles, past, image)
+        return self.norm.join(x, branch)[1]
 
     def prefill(self, x: Tensor, positions: Tensor, cache: KVCache | None, view: CrossView | None = None) -> Tensor:
         """A prompt from position 0: x [B, T, C], positions [B, T]. Rows may be padded on the right."""

@@ -222,11 +222,9 @@ class NVLM:
         )
 
     def _encode(self, prepared: Prepared) -> Tensor:
-        """Features of all tiles of a request, [N, P, 4 * vision hidden_size], one image at a time."""
-        config = self.config
-        empty = torch.zeros(
-            0, config.tokens_per_tile, 4 * config.vision.hidden_size, device=self.device, dtype=self.dtype
-        )
+        """Features of all tiles of a request, [N, patches, vision hidden_size], one image at a time."""
+        vision = self.config.vision
+        empty = torch.zeros(0, vision.num_patches, vision.hidden_size, device=self.device, dtype=self.dtype)
         images = [self.model.encode(pixels.to(self.device, self.dtype)) for pixels in prepared.pixel_values]
         return torch.cat([empty, *images])
 

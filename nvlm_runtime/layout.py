@@ -1,10 +1,8 @@
 """Where the image tokens of a prompt go: slots of the decoder's sequence, keys of cross-attention, and who sees what.
 
 The three variants are one function here, led by `config.routing`. What a row sees is data, one interval
-[start, end) of the image keys a row:
-  - ordinary text after an image: every key of all earlier images; text before any image: nothing;
-  - NVLM-X, every sub-token of the tag of tile k: tile k alone (paper section 4.3);
-  - image slots of an image: the images before it.
+[start, end) of the image keys a row, by the rule of `nvlm_kernels.tile_mask`: in NVLM-X a tile's tag sees that tile
+alone (paper section 4.3); NVLM-H has no tags in the decoder, and image slots see the images before theirs.
 NVLM-H puts each regular tile's tag beside it into the keys (section 4.4); its thumbnail is in the decoder.
 """
 
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nvlm_kernels import tile_mask
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.image import TilePlan
 from nvlm_runtime.prompt import ImageBlock
@@ -48,8 +47,7 @@ def make_layout(
 ) -> Layout:
     """length: prompt tokens; blocks, plans: one an image; tags: token ids of every tile's tag, an image."""
     routing = config.routing
-    slots, slot_tiles, cross = [], [], []
-    intervals = torch.zeros(length, 2, dtype=torch.int64)
+    slots, slot_tiles, cross, tag_spans, image_ends = [], [], [], [], []
     first, end = 0, 0  # the image's first tile, and the image keys so far
     for block, plan, tile_tags in zip(blocks, plans, tags, strict=True):
         for index, span in enumerate(block.tiles):
@@ -64,8 +62,10 @@ def make_layout(
                 end += len(tile_tags[index])
             cross.append(first + index)
             if routing.tags == "decoder":
-                intervals[slice(*span.tag)] = torch.tensor([end, end + config.tokens_per_tile])
+                tag_spans.append((*span.tag, end, end + config.tokens_per_tile))
             end += config.tokens_per_tile
-        intervals[block.end :] = torch.tensor([0, end])
+        image_ends.append((block.end, end))
         first += plan.num_tiles
+    spans = (torch.tensor(s, dtype=torch.int64).view(1, -1, w) for s, w in ((tag_spans, 4), (image_ends, 2)))
+    intervals = tile_mask(*spans, length)[0]
     return Layout(tuple(slots), tuple(slot_tiles), tuple(cross), end, intervals)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nvlm_kernels import pixel_shuffle
+from nvlm_kernels import pixel_shuffle_project
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.decoder import CrossView, Decoder
 from nvlm_runtime.layout import Layout
@@ -39,12 +39,22 @@ class NVLMModel(nn.Module):
         self.language_model = Decoder(config.text, config.cross)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Tiles [N, 3, S, S] to features [N, P, 4 * vision hidden_size], before the projector."""
-        return pixel_shuffle(self.vision_model(pixel_values), self.config.ps_version)
+        """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size], one a patch, before shuffle and projector."""
+        return self.vision_model(pixel_values)
 
     def project(self, features: Tensor) -> Tensor:
-        """Features to image tokens [N, P, C]."""
-        return self.mlp1(features)
+        """Features to image tokens [N, P, C]: pixel shuffle and the projector."""
+        norm, first, *rest = self.mlp1
+        x = pixel_shuffle_project(
+            features,
+            norm.weight,
+            norm.bias,
+            first.weight,
+            version=self.config.ps_version,
+            eps=norm.eps,
+            gelu=bool(rest),
+        )
+        return rest[-1](x) if rest else x
 
     def embed(self, input_ids: Tensor, layouts: Sequence[Layout], image_tokens: Sequence[Tensor]) -> Tensor:
         """input_ids [B, T], padded on the right; image_tokens: [N, P, C] a row. Returns [B, T, C]."""

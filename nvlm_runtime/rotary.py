@@ -1,8 +1,8 @@
 """Rotary position embedding, with YaRN as Qwen2 publishes it for long contexts.
 
-    rotate(x, p) = x * cos(p * f) + half_turn(x) * sin(p * f)        f_i = theta^(-2i/D)
+    cos(p * f), sin(p * f)        f_i = theta^(-2i/D), twice over D; nvlm_kernels' rotary turns q and k by them
 
-Sources: transformers' Qwen2 (rotate-half layout, cos and sin rounded to the activations' dtype) and its YaRN
+Sources: transformers' Qwen2 (angles in fp32, cos and sin rounded to the activations' dtype) and its YaRN
 (arXiv 2309.00071): low frequencies are divided by the factor, high ones kept, a ramp between, and cos and sin
 grow by 0.1 ln(factor) + 1.
 """
@@ -28,7 +28,7 @@ def _yarn(freqs: Tensor, theta: float, head_dim: int, scaling: RopeScaling) -> t
 
 
 class Rotary(nn.Module):
-    """positions [B, T] to (cos, sin), each [B, T, 1, D] in fp32."""
+    """positions [B, T] to (cos, sin), each [B, T, D] in the dtype asked for."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -42,14 +42,8 @@ class Rotary(nn.Module):
             freqs, scale = _yarn(freqs, c.rope_theta, c.head_dim, c.rope_scaling)
         return freqs.to(device), scale
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         freqs, scale = self.frequencies(positions.device)
         angles = positions[..., None].float() * freqs  # [B, T, D/2]
-        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-        return angles.cos() * scale, angles.sin() * scale
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [B, T, H, D]; cos, sin: [B, T, 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)

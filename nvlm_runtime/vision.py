@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_kernels import rms_norm
+from nvlm_kernels import add_rms_norm, layer_scale_residual, qk_norm, rms_norm
 from nvlm_runtime.config import VisionConfig
 
 
@@ -23,6 +23,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def join(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + branch, its norm): a residual stream takes in what the last block made where the next one reads it."""
+        return (x, self(x)) if branch is None else add_rms_norm(x, branch, self.weight, self.eps)
 
 
 def _norm(config: VisionConfig) -> nn.Module:
@@ -73,9 +77,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(size, config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        qkv = self.qkv(x)
+        q, k, v = qkv.chunk(3, dim=-1)
         if self.qk_normalization:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = qk_norm(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, H, P, D]
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -102,8 +107,8 @@ class Block(nn.Module):
         self.ls2 = nn.Parameter(0.1 * torch.ones(config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x)) * self.ls1
-        return x + self.mlp(self.norm2(x)) * self.ls2
+        x = layer_scale_residual(x, self.attn(self.norm1(x)), self.ls1)
+        return layer_scale_residual(x, self.mlp(self.norm2(x)), self.ls2)
 
 
 class Encoder(nn.Module):

@@ -28,7 +28,8 @@ class Call:
 @dataclass(frozen=True)
 class Case:
     """build(dtype, device, **dims) makes the Call. full: dims of the 72B model; small: for the interpreter and for
-    codegen, with the dims that reach the code (head_dim, widths that pick a strategy) kept where they can be.
+    codegen, with the dims that reach the code (head_dim, widths that pick a strategy) kept where they can be; traced:
+    for counting bytes, large enough for partial sums to be small beside them, `small` where None.
 
     kind: what the case is bound by, and so what its machine code must have: "stream" 16-byte loads, "matmul" tensor
     cores.
@@ -40,6 +41,7 @@ class Case:
     build: Callable[..., Call]
     full: dict[str, int]
     small: dict[str, int]
+    traced: dict[str, int] | None = None
 
     @property
     def id(self) -> str:
@@ -57,8 +59,8 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
     return tuple(t for t in value if isinstance(t, Tensor))
 
 
-def backward(output: Any, inputs: Iterable[Any]) -> tuple[Tensor, ...]:
-    """Gradients of all inputs that require one, for a gradient of ones."""
+def backward(output: Any, inputs: Iterable[Any], grads: Iterable[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """Gradients of all inputs that require one, for gradients of the outputs, ones where None."""
     outputs = [t for t in tensors_in(output) if t.requires_grad]
     wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    return torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs])
+    return torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs] if grads is None else grads)

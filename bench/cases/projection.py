@@ -1,5 +1,109 @@
 """Ops that are a matrix product with something fused to it."""
 
-from bench.cases.case import Case
+from functools import partial
 
-CASES: tuple[Case, ...] = ()
+import torch
+
+from bench.cases.case import Call, Case, nbytes
+from nvlm_kernels.ops.gated_project import gated_project, gated_project_ref
+from nvlm_kernels.ops.pixel_shuffle_project import pixel_shuffle_project, pixel_shuffle_project_ref
+
+
+def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strategy, gelu) -> Call:
+    """A ViT's output with its CLS row, and no biases: the published projectors have none in their Linear."""
+    make = partial(torch.randn, dtype=dtype, device=device)
+    x, norm_weight, norm_bias = make(tiles, 1 + side * side, width), make(4 * width), make(4 * width)
+    weight = make(features, 4 * width) / (4 * width) ** 0.5
+    inputs = [t.detach().requires_grad_() for t in (x, norm_weight, norm_bias, weight)]
+    options = dict(version="v2", eps=1e-5, gelu=gelu, has_cls=True)
+    rows = tiles * side * side // 4
+    moved = nbytes(x[:, 1:], norm_weight, norm_bias, weight)
+    y = rows * features * x.element_size()
+    flops = 2 * rows * 4 * width * features
+    return Call(
+        partial(pixel_shuffle_project, strategy=strategy, **options),
+        partial(pixel_shuffle_project_ref, bias=None, **options),
+        tuple(inputs),
+        forward_bytes=moved + y,
+        backward_bytes=moved + y * (1 + gelu) + moved + nbytes(x[:, :1]),
+        forward_flops=flops,
+        backward_flops=2 * flops,
+    )
+
+
+def _gated_project(dtype, device, rows, width, inner, *, masked, train) -> Call:
+    make = partial(torch.randn, dtype=dtype, device=device, requires_grad=train)
+    attn, residual = make(rows, inner), make(rows, width)
+    weight = (make(width, inner) / inner**0.5).detach().requires_grad_(train)
+    gate = torch.full((1,), 0.5, dtype=dtype, device=device, requires_grad=train)
+    sees = torch.arange(rows, device=device) >= rows // 8 if masked else None  # text before the image sees nothing
+    live = rows - rows // 8 if masked else rows
+    flops = 2 * live * width * inner
+    read = nbytes(attn[:live], weight)
+    return Call(
+        gated_project,
+        gated_project_ref,
+        (attn, weight, residual, gate, sees),
+        forward_bytes=read + 2 * nbytes(residual),
+        backward_bytes=read + nbytes(residual[:live], attn, weight) if train else None,
+        forward_flops=flops,
+        backward_flops=2 * flops if train else 0,
+    )
+
+
+def _shuffle_cases() -> tuple[Case, ...]:
+    tiles = dict(tiles=7, side=32, width=3200)  # 6 tiles and a thumbnail of InternViT-6B
+    small = dict(side=16, width=320)  # 64 and 128 rows: two sizes of tiles
+    dims = {
+        "x": (dict(features=8192), dict(tiles=1, features=816)),
+        "d": (dict(features=29568), dict(tiles=2, features=2944)),
+    }
+    return tuple(
+        Case(
+            "pixel_shuffle_project",
+            f"{variant}-{strategy}",
+            "matmul" if strategy == "fused" else "stream",  # the other's product is the vendor's
+            partial(_pixel_shuffle_project, strategy=strategy, gelu=variant == "d"),
+            tiles | full,
+            small | cut,
+        )
+        for variant, (full, cut) in dims.items()
+        for strategy in ("fused", "norm_then_gemm")
+    )
+
+
+CASES: tuple[Case, ...] = (
+    *_shuffle_cases(),
+    Case(
+        "pixel_shuffle_project",
+        "micro",
+        "matmul",
+        partial(_pixel_shuffle_project, strategy="fused", gelu=True),
+        dict(tiles=7, side=8, width=160, features=512),
+        dict(tiles=1, side=8, width=160, features=192),
+    ),
+    Case(
+        "gated_project",
+        "prefill",
+        "matmul",
+        partial(_gated_project, masked=True, train=True),
+        dict(rows=1024, width=8192, inner=8192),
+        dict(rows=256, width=512, inner=512),
+    ),
+    Case(
+        "gated_project",
+        "decode",
+        "matmul",
+        partial(_gated_project, masked=False, train=False),
+        dict(rows=1, width=8192, inner=8192),
+        dict(rows=1, width=512, inner=512),
+    ),
+    Case(
+        "gated_project",
+        "batch",
+        "matmul",
+        partial(_gated_project, masked=False, train=False),
+        dict(rows=64, width=8192, inner=8192),
+        dict(rows=64, width=512, inner=512),
+    ),
+)

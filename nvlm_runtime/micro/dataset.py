@@ -7,7 +7,7 @@ drawn anew each epoch, several questions a document.
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from nvlm_runtime.tokenizer import Tokenizer
 
 IGNORE = -100
 # Finding a thing by its look comes last: nothing in the question says where to search.
-KIND_WEIGHTS = {"tile": 1, "read": 1, "position": 1, "colour": 3, "shape": 1, "field": 2}
+KIND_WEIGHTS = {"tile": 1, "read": 1, "position": 1, "colour": 4, "shape": 1, "field": 3}
 
 
 def document_at(seed: int, index: int) -> Document:
@@ -48,10 +48,10 @@ def plan_of(document: Document) -> TilePlan:
 def write_features(
     model: NVLMModel, path: Path, seed: int, num_documents: int, log: Callable[[str], None], chunk: int = 32
 ) -> None:
-    """Encodes the documents of `seed` into a fp16 .npy file [tiles, P, 4C], renamed to `path` once it is whole."""
+    """Encodes the documents of `seed` into a fp16 .npy file [tiles, 4P, C], renamed to `path` once it is whole."""
     counts = [plan_of(document_at(seed, i)).num_tiles for i in range(num_documents)]
     config = model.config
-    shape = (sum(counts), config.tokens_per_tile, 4 * config.vision.hidden_size)
+    shape = (sum(counts), 4 * config.tokens_per_tile, config.vision.hidden_size)
     partial = path.with_suffix(".partial")
     file = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     at = 0
@@ -100,6 +100,23 @@ def make_sample(
     return Sample(ids[:-1], labels, layout, features, kinds)
 
 
+def shuffle_keys(config: NVLMConfig, layout: Layout, rng: random.Random) -> Layout:
+    """NVLM-X: one image's tiles in another order among the keys, every tag still seeing its own tile.
+
+    The place of a key then says nothing of its tile, so a decoder learns to ask the tags. Others are left as they are.
+    """
+    size, num = config.tokens_per_tile, len(layout.cross)
+    if config.routing.tags != "decoder" or num < 2:
+        return layout
+    order = rng.sample(range(num), num)
+    place = torch.tensor([order.index(tile) * size for tile in range(num)])
+    start, end = layout.intervals.unbind(-1)
+    tagged = end - start == size
+    start = torch.where(tagged, place[start // size % num], start)
+    intervals = torch.stack([start, torch.where(tagged, start + size, end)], dim=-1)
+    return replace(layout, cross=tuple(layout.cross[tile] for tile in order), intervals=intervals)
+
+
 def _choose(rng: random.Random, document: Document, limit: int) -> list[Question]:
     """Up to `limit` questions, their kinds drawn by KIND_WEIGHTS."""
     kinds: dict[str, list[Question]] = {}
@@ -119,7 +136,7 @@ class Batch:
     input_ids: Tensor  # [B, T], padded on the right
     labels: Tensor  # [B, T]
     layouts: list[Layout]
-    features: list[Tensor]  # [N, P, 4C] a row
+    features: list[Tensor]  # [N, 4P, C] a row
     kinds: list[list[tuple[str, int, int]]]
 
 
@@ -136,8 +153,9 @@ def batches(
 ) -> Iterator[Batch]:
     """For ever. Conversations of like length share a batch.
 
-    The first `num_short` batches are of documents of one or two tiles: a decoder that has to find a glyph among 140
-    image tokens learns it sooner among 40. In the first `num_transcribed` every conversation ends with a transcription.
+    The first `num_short` batches are of documents of two tiles: a decoder that has to find a glyph among 140 image
+    tokens, or which tag is meant among seven, learns it sooner among 50 and three. In the first `num_transcribed` every
+    conversation ends with a transcription.
     """
     file = np.load(path, mmap_mode="r")
     counts = [plan_of(document_at(seed, i)).num_tiles for i in range(num_documents)]
@@ -150,15 +168,15 @@ def batches(
     while True:
         for index in rng.sample(range(num_documents), num_documents):
             document = document_at(seed, index)
-            if num_batches < num_short and len(document.tiles) > 2:
+            if num_batches < num_short and len(document.tiles) != 2:
                 continue
             chosen = _choose(rng, document, num_questions)
             if num_batches < num_transcribed:
                 chosen.append(transcription(document))
             if chosen:
-                pool.append(
-                    make_sample(config, tokenizer, document, chosen, slice(*map(int, offsets[index : index + 2])))
-                )
+                rows = slice(*map(int, offsets[index : index + 2]))
+                sample = make_sample(config, tokenizer, document, chosen, rows)
+                pool.append(replace(sample, layout=shuffle_keys(config, sample.layout, rng)))
             if len(pool) == 8 * batch:
                 pool.sort(key=lambda sample: len(sample.input_ids))
                 groups = [pool[i : i + batch] for i in range(0, len(pool), batch)]

@@ -29,7 +29,7 @@ class Recipe:
     """Sizes of a training run.
 
     batch: documents a step; num_questions: the most asked of one document at a time; num_short: steps on documents of
-    one or two tiles, which come first; num_transcribed: steps whose conversations end with a transcription.
+    two tiles, which come first; num_transcribed: steps whose conversations end with a transcription.
     """
 
     steps: int = 4000
@@ -79,7 +79,7 @@ def init_projector(model: NVLMModel, heads: DenseHeads, features: Tensor) -> Non
     """Lets the projector's first linear begin with what the heads read from each of a token's four patches.
 
     A layer too narrow for all of it (NVLM-X's) takes random mixtures. The last linear is scaled so that image tokens of
-    these features [N, P, 4C] have the embeddings' standard deviation: cross-attention does not norm its keys, and
+    these features [N, 4P, C] have the embeddings' standard deviation: cross-attention does not norm its keys, and
     larger ones saturate it before it has learned anything.
     """
     first, last = model.mlp1[1], model.mlp1[-1]

@@ -1,5 +1,6 @@
 """The micro models' documents, questions and training; and that the shipped models read what was never trained on."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.image import plan_tiles
-from nvlm_runtime.micro.dataset import IGNORE, batches, document_at, make_sample, plan_of, write_features
+from nvlm_runtime.micro.dataset import IGNORE, batches, document_at, make_sample, plan_of, shuffle_keys, write_features
 from nvlm_runtime.micro.document import CHARS, COLOURS, GRIDS, SIDE, draw, make_document
 from nvlm_runtime.micro.evaluate import evaluate, open_tag_mask
 from nvlm_runtime.micro.questions import KINDS, questions
@@ -99,6 +100,29 @@ def test_samples_are_the_prompt_of_the_conversation(variant):
         label for label, token in zip(sample.labels, [*sample.input_ids[1:], want[-1]]) if label not in (IGNORE, token)
     ]
     assert not shifted, "a label is the next token"
+
+
+def test_shuffled_keys_leave_every_tag_its_own_tile():
+    config, tokenizer = PRESETS["micro-x"], make_tokenizer(512)
+    document = make_document("shuffle", (3, 2))
+    sample = make_sample(config, tokenizer, document, questions(document)[:1], slice(0, 1))
+    before, size = sample.layout, config.tokens_per_tile
+    after = shuffle_keys(config, before, random.Random(1))
+    assert after.cross != before.cross and sorted(after.cross) == sorted(before.cross)
+    for old, new in zip(before.intervals.tolist(), after.intervals.tolist()):
+        if old[1] - old[0] == size:
+            assert after.cross[new[0] // size] == before.cross[old[0] // size] and new[1] - new[0] == size
+        else:
+            assert new == old
+    assert any(old[1] - old[0] == size for old in before.intervals.tolist())
+
+
+@pytest.mark.parametrize("variant, grid", [("d", (3, 2)), ("h", (3, 2)), ("x", (1, 1))])
+def test_nothing_else_is_shuffled(variant, grid):
+    config, tokenizer = PRESETS[f"micro-{variant}"], make_tokenizer(512)
+    document = make_document("shuffle:1", grid)
+    layout = make_sample(config, tokenizer, document, questions(document)[:1], slice(0, 1)).layout
+    assert shuffle_keys(config, layout, random.Random(1)) is layout
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])

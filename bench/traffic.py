@@ -1,0 +1,102 @@
+"""Bytes every op really moves, against the floor and against plain torch: `python -m bench.traffic [CASE...]`.
+
+Runs the kernels in the interpreter, fp16, where every lane of every load and store can be seen; masked lanes are not
+counted. Columns, in bytes over the floor (each array a pass needs once, each it makes once):
+    moved     what kernels and torch ops of ours load and store; matmul cases read their operands again for every
+              block, which a cache serves, so
+    memory    counts an address once a launch: what is left for the memory where the cache holds
+    eager     the reference, every aten op reading its inputs and writing its outputs once
+    compiled  the graphs Inductor would emit for the reference, by its own count, after its fusions
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.cases import Case
+
+
+def measure(case: "Case") -> list[dict[str, Any]]:
+    """A row a pass. Needs TRITON_INTERPRET=1 set before torch or triton is imported."""
+    import torch
+
+    from bench.bytes import EagerBytes, compiled_bytes, eager_steps
+    from bench.cases.case import backward
+    from bench.interpreter import MemoryTrace
+
+    torch.manual_seed(0)
+    call = case.build(torch.float16, "cpu", **(case.traced or case.small))
+    rows = []
+    with MemoryTrace() as trace, EagerBytes() as torch_ops:
+        output = call.op(*call.inputs)
+    ours = [(trace, torch_ops.bytes)]
+    if call.backward_bytes is not None:
+        grads = [torch.ones_like(t) for t in _outputs(output)]
+        with MemoryTrace() as trace, EagerBytes() as torch_ops:
+            backward(output, call.inputs, grads)
+        ours.append((trace, torch_ops.bytes))
+    eager = [sum(step.bytes for step in steps) for steps in eager_steps(call)]
+    forward = compiled_bytes(call.ref, call.inputs, False)
+    compiled = [forward]
+    if call.backward_bytes is not None:
+        compiled.append(compiled_bytes(call.ref, call.inputs, True) - forward)
+    floors = (call.forward_bytes, call.backward_bytes)
+    for name, (trace, extra), floor, plain, fused in zip(("forward", "backward"), ours, floors, eager, compiled):
+        total = trace.total()
+        rows.append(
+            {
+                "case": case.id,
+                "kind": case.kind,
+                "pass": name,
+                "launches": len(trace.launches),
+                "floor": floor,
+                "moved": total.loaded + total.stored + extra,
+                "memory": total.unique_loaded + total.unique_stored + extra,
+                "eager": plain,
+                "compiled": fused,
+                "by_argument": {
+                    f"{kernel}.{name}": {"loaded": access.loaded, "stored": access.stored}
+                    for (kernel, name), access in trace.access.items()
+                },
+            }
+        )
+    return rows
+
+
+def _outputs(output: Any) -> list[Any]:
+    from bench.cases.case import tensors_in
+
+    return [t for t in tensors_in(output) if t.requires_grad]
+
+
+def main() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from bench.cases import CASES
+    from bench.report import RESULTS, table, write
+
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
+    parser.add_argument("--json", type=Path, default=RESULTS / "traffic.json")
+    args = parser.parse_args()
+    chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
+    if not chosen:
+        parser.error(f"no case begins with {args.cases}; known: {', '.join(case.id for case in CASES)}")
+    rows = [row for case in chosen for row in measure(case)]
+    columns = ("moved", "memory", "eager", "compiled")
+    head = ("case", "pass", "launches", "floor MB", *columns)
+    print(
+        table(
+            head,
+            (
+                [r["case"], r["pass"], r["launches"], r["floor"] / 1e6, *(r[c] / r["floor"] for c in columns)]
+                for r in rows
+            ),
+        )
+    )
+    write(args.json, "traffic", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from nvlm_kernels import _backend, pixel_shuffle
+from nvlm_kernels.ops import pixel_shuffle_project as module
+from nvlm_kernels.ops.pixel_shuffle_project import (
+    _fwd,
+    pick_strategy,
+    pixel_shuffle_project,
+    pixel_shuffle_project_ref,
+)
+from tests.util import check_op, planted
+
+interpreted = pytest.mark.skipif(not _backend.INTERPRET, reason="traces the interpreter")
+STRATEGIES = ["fused", "norm_then_gemm"]
+
+
+def make(shape, dtype, device="cpu", bias=True, has_cls=True):
+    """x, norm_weight, norm_bias, weight, bias of (tiles, side, width, features); the tiles differ in scale."""
+    tiles, side, width, features = shape
+    randn = partial(torch.randn, dtype=dtype, device=device)
+    x = randn(tiles, side * side + has_cls, width) * (1 + torch.arange(tiles, device=device)[:, None, None])
+    weight = randn(features, 4 * width) / (4 * width) ** 0.5
+    return x, randn(4 * width), randn(4 * width), weight, randn(features) if bias else None
+
+
+def check(strategy, inputs, **options):
+    ours = partial(pixel_shuffle_project, strategy=strategy, **options)
+    check_op(ours, partial(pixel_shuffle_project_ref, **options), *inputs)
+
+
+def gradients(inputs, **options):
+    """Output and the gradient of every input, run on the very tensors given."""
+    inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
+    y = pixel_shuffle_project(*inputs, **options)
+    dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [t for t in inputs if t is not None], dy)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "shape, version, gelu, bias, has_cls",
+    [
+        ((1, 8, 160, 48), "v2", True, False, True),  # a tile of the micro models
+        ((1, 2, 1, 1), "v1", True, True, False),
+        ((2, 6, 65, 65), "v1", False, True, True),  # one more than a block, in columns
+        ((3, 12, 17, 130), "v2", False, False, False),  # the tiles of more than 64 rows, and not whole ones
+        ((1, 4, 520, 24), "v2", True, True, True),  # runs of more than one block in the row kernels
+        ((0, 4, 16, 24), "v2", True, True, True),
+    ],
+    ids=str,
+)
+def test_matches_reference(shape, version, gelu, bias, has_cls, strategy, dtype, device):
+    inputs = make(shape, dtype, device, bias, has_cls)
+    check(strategy, inputs[: 5 if bias else 4], version=version, eps=1e-5, gelu=gelu, has_cls=has_cls)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_both_orders(version, strategy, dtype, device):
+    inputs = make((2, 4, 24, 24), dtype, device)
+    check(strategy, inputs, version=version, eps=1e-6, gelu=True, has_cls=True)
+    other = {"v1": "v2", "v2": "v1"}[version]
+    options = dict(eps=1e-6, has_cls=True, strategy=strategy)
+    assert not torch.equal(
+        pixel_shuffle_project(*inputs, version=version, **options),
+        pixel_shuffle_project(*inputs, version=other, **options),
+    )
+
+
+def far_rows(dtype, device):
+    """Rows of mean 1000 and deviation 1, of mean -1000, and rows whose four runs have means of their own."""
+    x, *rest = make((3, 4, 96, 24), dtype, device, has_cls=False)
+    x = torch.randn_like(x)
+    x[0] += 1000
+    x[1] -= 1000
+    x[2] += torch.tensor([0.0, 1000.0, -500.0, 3.0], device=device, dtype=dtype).repeat(4)[:, None]
+    return x, *rest
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_large_mean(strategy, dtype, device):
+    check(strategy, far_rows(dtype, device), version="v2", eps=1e-5, gelu=True)
+
+
+@interpreted
+def test_large_mean_cancels_nothing(dtype, device):
+    """Stricter than twice eager's error, as eager itself loses digits here. A mean of 1000 has an fp32 step of 6e-5."""
+    x, *rest = far_rows(dtype, device)
+    _, (mean, rstd), _ = _fwd(x, *rest, "v2", 1e-5, False, False, True, False)
+    rows = pixel_shuffle(x.double(), "v2").flatten(0, 1)
+    assert (mean - rows.mean(-1)).abs().max() < 1.3e-4
+    exact = (rows.var(-1, correction=0) + 1e-5).rsqrt()
+    assert ((rstd - exact) / exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_without_variance(strategy, dtype, device):
+    x, *rest = make((1, 4, 32, 24), dtype, device, has_cls=False)
+    x = torch.full_like(x, 3.0)
+    y = pixel_shuffle_project(x, *rest, version="v2", eps=1e-5, strategy=strategy)
+    torch.testing.assert_close(
+        y, pixel_shuffle_project_ref(x, *rest, version="v2", eps=1e-5, gelu=False, has_cls=False)
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_cls_row_is_never_read(value, strategy, dtype, device):
+    inputs = make((2, 4, 40, 24), dtype, device)
+    options = dict(version="v2", eps=1e-5, gelu=True, has_cls=True, strategy=strategy)
+    clean = gradients(inputs, **options)
+    inputs[0][:, 0] = value
+    for a, b in zip(clean, gradients(inputs, **options)):
+        assert torch.equal(a, b)
+    assert (clean[1][:, 0] == 0).all() and (clean[1][:, 1:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_unaligned_and_guarded(strategy, dtype, device):
+    inputs = make((2, 4, 40, 24), dtype, device)
+    options = dict(version="v1", eps=1e-5, gelu=True, has_cls=True, strategy=strategy)
+    for a, b in zip(gradients(inputs, **options), gradients([planted(t) for t in inputs], **options)):
+        assert torch.equal(a, b)
+
+
+VIEWS = {
+    "tiles apart": lambda x: x[:, 1:17],
+    "rows apart": lambda x: x[:, :16, :24],
+    "every other tile": lambda x: x[::2, :16],
+    "one tile, many times": lambda x: x[:1, :16].expand(3, -1, -1),
+    "columns apart": lambda x: x[:, :16, ::2],
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strided_input(view, strategy, device):
+    take = VIEWS[view]
+    x = torch.randn(3, 19, 40, dtype=torch.float16, device=device)
+    rest = make((1, 4, take(x).shape[2], 24), x.dtype, device)[1:]
+    options = dict(version="v2", eps=1e-5, gelu=False, has_cls=False)
+
+    def through(op, **more):
+        return lambda x, *rest: op(take(x), *rest, **options, **more)
+
+    check_op(through(pixel_shuffle_project, strategy=strategy), through(pixel_shuffle_project_ref), x, *rest)
+
+
+@interpreted
+@pytest.mark.parametrize("view", [view for view in VIEWS if view != "columns apart"])
+def test_strided_input_is_not_copied(view, device, monkeypatch):
+    x = torch.full((3, 19, 40), float("nan"), device=device)
+    mine = VIEWS[view](x)
+    mine.copy_(torch.randn(mine.shape)) if view != "one tile, many times" else x[:1, :16].normal_()
+    rest = make((1, 4, mine.shape[2], 24), torch.float32, device)[1:]
+    seen = []
+
+    def spy(x, *args):
+        seen.append(x.data_ptr())
+        return _fwd(x, *args)
+
+    monkeypatch.setattr(module, "_fwd", spy)
+    y = pixel_shuffle_project(mine, *rest, version="v2", eps=1e-5)
+    assert y.isfinite().all() and seen == [mine.data_ptr()]
+
+
+@interpreted
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "nothing to train"])
+def test_bytes_of_fused(grad, memory, device):
+    """x once for the statistics and once for the product, y once: nothing else of the size of the activations."""
+    x, *rest = make((2, 8, 64, 96), torch.float16, device)
+    with torch.set_grad_enabled(grad):
+        pixel_shuffle_project(x, *rest, version="v2", eps=1e-5, gelu=True, has_cls=True, strategy="fused")
+    patches, y = x[:, 1:].numel() * 2, 2 * 16 * 96 * 2
+    loaded = [memory.access[kernel, "x_ptr"].unique_loaded for kernel in ("_norm_kernel", "_project_kernel")]
+    assert loaded == [patches, patches]
+    stored = {key: access.stored for key, access in memory.access.items() if access.stored}
+    assert stored == {("_norm_kernel", "stats_ptr"): 2 * 32 * 4, ("_project_kernel", "y_ptr"): y}
+    eager = 5 * patches + 3 * y  # shuffle, norm, product, GELU
+    assert sum(loaded) + sum(stored.values()) <= 0.5 * eager
+
+
+@interpreted
+def test_bytes_of_norm_then_gemm(memory, device):
+    x, *rest = make((2, 8, 64, 96), torch.float16, device)
+    pixel_shuffle_project(x, *rest, version="v2", eps=1e-5, has_cls=True, strategy="norm_then_gemm")
+    patches = x[:, 1:].numel() * 2
+    assert memory.launches == ["_norm_kernel"]
+    assert memory.access["_norm_kernel", "x_ptr"].unique_loaded == patches
+    assert memory.access["_norm_kernel", "normed_ptr"].stored == patches
+
+
+def test_strategy_is_predicted():
+    assert pick_strategy(7 * 256, 12800, 29568, True) == "norm_then_gemm"  # NVLM-D, 7 tiles: bound by flops
+    assert pick_strategy(7 * 256, 12800, 8192, False) == "norm_then_gemm"
+    assert pick_strategy(256, 12800, 29568, True) == "fused"  # one tile: bound by the weight's bytes
+    assert pick_strategy(7 * 16, 640, 512, True) == "fused"
+
+
+@interpreted
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategy_is_picked(strategy, memory, device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "pick_strategy", lambda *args: asked.append(args) or strategy)
+    pixel_shuffle_project(*make((2, 4, 16, 24), torch.float32, device), version="v2", eps=1e-5, has_cls=True)
+    assert asked == [(8, 64, 24, False)]
+    assert ("_project_kernel" in memory.launches) == (strategy == "fused")
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_without_triton_it_is_the_modules(version, gelu, monkeypatch):
+    """What the runtime computes today, bit for bit."""
+    monkeypatch.setattr(_backend, "EAGER", True)
+    x, norm_weight, norm_bias, weight, _ = make((2, 4, 40, 24), torch.float32)
+    norm, linear = nn.LayerNorm(160, eps=1e-5), nn.Linear(160, 24, bias=False)
+    norm.weight.data, norm.bias.data, linear.weight.data = norm_weight, norm_bias, weight
+    today = nn.Sequential(norm, linear, nn.GELU() if gelu else nn.Identity())(pixel_shuffle(x[:, 1:], version))
+    ours = pixel_shuffle_project(x, norm_weight, norm_bias, weight, version=version, eps=1e-5, gelu=gelu, has_cls=True)
+    assert torch.equal(ours, today)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(version="v3"), "version must be 'v1' or 'v2', got 'v3'"),
+        (dict(strategy="both"), "strategy must be"),
+        (dict(x=torch.zeros(16, 8)), r"x must be floating \[N, 1 \+ S\*S, C\]"),
+        (dict(x=torch.zeros(2, 16, 8)), "S even, got torch.float32"),
+        (dict(x=torch.zeros(2, 10, 8)), "S even"),
+        (dict(x=torch.zeros(2, 0, 8)), "S even"),
+        (dict(x=torch.zeros(2, 17, 8, dtype=torch.int32)), "x must be floating"),
+        (dict(weight=torch.zeros(24, 8)), r"weight must be \[F, 32\], got \(24, 8\)"),
+        (dict(weight=torch.zeros(24, 32, dtype=torch.float16)), "weight must be torch.float32 on cpu"),
+        (dict(norm_weight=torch.zeros(1)), r"norm_weight must be \[32\], got \(1,\)"),
+        (dict(norm_bias=torch.zeros(8)), "norm_bias must be"),
+        (dict(norm_bias=torch.zeros(32, device="meta")), "norm_bias must be torch.float32 on cpu as x is"),
+        (dict(bias=torch.zeros(1)), r"bias must be \[24\], got \(1,\)"),
+        (dict(bias=torch.zeros(24, dtype=torch.float64)), "bias must be torch.float32"),
+    ],
+    ids=lambda p: p if isinstance(p, str) else "",
+)
+def test_rejects(change, message):
+    names = ("x", "norm_weight", "norm_bias", "weight", "bias")
+    arguments = dict(zip(names, make((2, 4, 8, 24), torch.float32)))
+    with pytest.raises(ValueError, match=f"pixel_shuffle_project: .*{message}"):
+        pixel_shuffle_project(**(arguments | dict(version="v2", eps=1e-5, has_cls=True) | change))
+
+
+def opcheck(fused, device, **options):
+    inputs = [t.requires_grad_() for t in make((2, 4, 16, 24), torch.float32, device)]
+    torch.library.opcheck(_fwd, (*inputs, "v2", 1e-5, True, True, fused, True), **options)
+
+
+@interpreted
+@pytest.mark.parametrize("fused", [True, False])
+def test_opcheck_without_a_gpu(fused, device):
+    opcheck(fused, device, test_utils=("test_schema", "test_autograd_registration"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_opcheck(fused, device):
+    opcheck(fused, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiles(strategy, dtype, device):
+    inputs = make((2, 8, 64, 96), dtype, device)
+    op = partial(pixel_shuffle_project, version="v2", eps=1e-5, gelu=True, has_cls=True, strategy=strategy)
+    torch.testing.assert_close(torch.compile(op, fullgraph=True)(*inputs), op(*inputs))

@@ -1,0 +1,42 @@
+FILE = "nvlm_kernels/ops/pixel_shuffle_project.py"
+MUTATIONS = [
+    (FILE, "r, q = q, r", "r, q = r, q", "v1 in the order of v2"),
+    (FILE, "(FIRST + (2 * r) * (2 * half)", "((2 * r) * (2 * half)", "the CLS row is read"),
+    (FILE, "(run // 2 * (2 * half) + run % 2)", "(run % 2 * (2 * half) + run // 2)", "dr and dq swapped"),
+    (FILE, " + step * step * (before * share)", "", "variance without the part between blocks"),
+    (
+        FILE,
+        "tl.sum(apart * apart, 1)",
+        "(tl.sum(x * x, 1) - count * here * here)",
+        "variance as mean of squares less square of the mean",
+    ),
+    (FILE, "tl.where(mask, x - here[:, None], 0.0)", "x - here[:, None]", "masked columns count in the variance"),
+    (FILE, "tl.minimum(C - first, BLOCK)", "tl.minimum(C, BLOCK)", "a last block counted as whole"),
+    (FILE, " + tl.full([], eps, tl.float32)", "", "no eps"),
+    (
+        FILE,
+        "normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * norm_weight[None, :] + norm_bias[None, :]",
+        "normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * norm_weight[None, :]",
+        "the fused norm without its bias",
+    ),
+    (
+        FILE,
+        "x = tl.load(x_ptr + at, mask=inside[:, None] & in_run[None, :], other=0.0)",
+        "x = tl.load(x_ptr + at, mask=inside[:, None] & in_run[None, :])",
+        "no other= under the product",
+    ),
+    (FILE, "normed.to(x.dtype), weight, acc", "normed.to(tl.float16).to(x.dtype), weight, acc", "fp16 in an fp32 dot"),
+    (FILE, "tl.load(bias_ptr + offs_n,", "0.5 * tl.load(bias_ptr + offs_n,", "half the bias"),
+    (FILE, "tl.erf(wide * 0.7071067811865476)", "tl.erf(wide)", "GELU without the root of 2"),
+    (
+        FILE,
+        "in_n = token < num_tokens, offs_n < num_features",
+        "in_n = token < num_tokens, offs_n < num_features + 1",
+        "one feature past the end",
+    ),
+    (FILE, "(g - mean_g[:, None] - normed", "(g - normed", "dx without the mean of g"),
+    (FILE, " - normed * mean_gx[:, None])", ")", "dx without the variance's part"),
+    (FILE, "tl.sum(dnormed * normed, 0)", "tl.sum(dnormed, 0)", "gradient of the norm's weight without the row"),
+    (FILE, "        dx[:, 0] = 0\n", "        pass\n", "CLS gradient left unwritten"),
+    (FILE, "and any(t is not None and t.requires_grad for t in (x, *inputs))", "", "z is stored without gradients"),
+]

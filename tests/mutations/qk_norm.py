@@ -1,0 +1,40 @@
+FILE = "nvlm_kernels/ops/qk_norm.py"
+MUTATIONS = [
+    (FILE, "_norm(qkv_ptr + C, sums_ptr + 1,", "_norm(qkv_ptr + 2 * C, sums_ptr + 1,", "v is normed for k"),
+    (FILE, "_norm(qkv_ptr + C, sums_ptr + 1,", "_norm(qkv_ptr + C, sums_ptr,", "k takes q's sums"),
+    (FILE, "sums_ptr + 1, k_weight_ptr, k_ptr", "sums_ptr + 1, q_weight_ptr, k_ptr", "k takes q's weight"),
+    (FILE, "tl.load(sums_ptr + row * 2, mask", "tl.load(sums_ptr + row, mask", "sums of other rows"),
+    (FILE, "tl.rsqrt(sums / width +", "tl.rsqrt(sums +", "sums are not divided by the width"),
+    (FILE, ".to(y_ptr.dtype.element_ty).to(tl.float32)", "", "no rounding before the weight"),
+    (FILE, "(-0.5 / width)", "(0.5 / width)", "dsums has the wrong sign"),
+    (FILE, "dsums = r * (r * (r * dot))", "dsums = r * (r * dot)", "an r is missing in dsums"),
+    (FILE, "dx = r * (dn - x * r * (r * (dot / C)))", "dx = r * dn", "dx as if the statistic were given"),
+    (FILE, "if V_OFFSET > 0:", "if V_OFFSET > 1:", "v's gradient is not written"),
+    (
+        FILE,
+        "tl.store(sums_ptr + row * 2 + 1, tl.sum(k * k, axis=1)",
+        "tl.store(sums_ptr + row * 2 + 1, tl.sum(q * q, axis=1)",
+        "q's sum for k's",
+    ),
+    (FILE, "2 * k * dk_sum", "k * dk_sum", "half of a sum's gradient"),
+    (
+        FILE,
+        "tl.store(dqkv_ptr + 2 * C + offs, tl.zeros",
+        "tl.store(dqkv_ptr + C + offs, tl.zeros",
+        "k's gradient is zeroed for v's",
+    ),
+    (FILE, "dweight += dy * (x * r)", "dweight = dy * (x * r)", "dweight of a program's last block only"),
+    (
+        FILE,
+        "dy = tl.load(dy_ptr + row[:, None] * C + cols[None, :], mask=mask, other=0.0)",
+        "dy = tl.load(dy_ptr + row[:, None] * C + cols[None, :], mask=mask)",
+        "no other= under dweight",
+    ),
+    (
+        FILE,
+        "tl.store(dsums_ptr + row[:, None] * 2, dsums, mask=(row < rows)[:, None])",
+        "tl.store(dsums_ptr + row[:, None] * 2, dsums)",
+        "dsums past the last row",
+    ),
+    (FILE, "return dqkv, dsums, None, dq_weight", "return dqkv, None, None, dq_weight", "no gradient through the sums"),
+]
