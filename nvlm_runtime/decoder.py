@@ -10,10 +10,10 @@ self-attention and its feed-forward) or Flamingo ("before" the layer).
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_kernels import decode_attention, rotary, rotary_cache, swiglu
+from nvlm_kernels import swiglu
+from nvlm_runtime.attention import Attention, Past
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.cross import GatedCrossAttention
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         )
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: "Past") -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past) -> Tensor:
         out = past.attend(self.qkv_proj(x), angles, self.num_heads, self.num_kv_heads)  # [B, T, H, D]
         return self.o_proj(out.flatten(2))
 
@@ -69,7 +69,7 @@ class Layer(nn.Module):
         x: Tensor,
         branch: Tensor | None,
         angles: tuple[Tensor, Tensor],
-        past: "Past",
+        past: Past,
         image: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream is x + branch, the last block's output not yet added; returns the next such pair.
@@ -86,48 +86,6 @@ class Layer(nn.Module):
         return x, self.mlp(normed)
 
 
-class Past:
-    """Self-attention of a call to its own tokens, or to a cache it writes into and reads its first `visible` slots.
-
-    A call without a cache, and a whole prompt, are plainly causal and go through torch's attention. A few tokens behind
-    a cache (decoding) go through `decode_attention`; more of them take torch's attention with a mask bool [B, 1, T, S].
-    """
-
-    MAX_DECODED = 8  # what decode_attention takes
-
-    def __init__(self, cache: KVCache | None, positions: Tensor, visible: int):
-        self.cache = cache
-        self.positions = positions
-        self.visible = visible
-        self.layer = 0
-        num_tokens = positions.shape[1]
-        self.is_causal = cache is None or visible == num_tokens
-        self.lengths = self.mask = None
-        if not self.is_causal and num_tokens <= self.MAX_DECODED:
-            self.lengths = positions[:, -1] + 1  # slot s holds position s
-        elif not self.is_causal:
-            slots = torch.arange(visible, device=positions.device)
-            self.mask = (slots <= positions[..., None])[:, None]
-
-    def attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
-        """qkv: [B, T, (H + 2 Hkv) * D], not rotated. Returns [B, T, H, D]. A cache moves on to its next layer."""
-        if self.cache is None:
-            q, k = rotary(qkv, *angles, num_heads, num_kv_heads)
-            v = qkv.unflatten(-1, (-1, q.shape[-1]))[:, :, -num_kv_heads:]
-        else:
-            k, v = self.cache.k[self.layer], self.cache.v[self.layer]
-            q = rotary_cache(qkv, *angles, k, v, self.positions, num_heads)
-            k, v = k[:, : self.visible], v[:, : self.visible]
-            self.layer += 1
-        if self.lengths is not None:
-            return decode_attention(q, k, v, self.lengths)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D], [B, Hkv, S, D]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask, is_causal=self.is_causal, enable_gqa=num_heads != num_kv_heads
-        )
-        return out.transpose(1, 2)
-
-
 class Decoder(nn.Module):
     """Embeddings [B, T, C] and positions [B, T] to hidden states [B, T, C]."""
 
@@ -142,6 +100,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
+        self.attention: Attention = "sdpa"
         if config.tie_word_embeddings:
             self.tie()
 
@@ -168,13 +127,13 @@ class Decoder(nn.Module):
 
     def prefill(self, x: Tensor, positions: Tensor, cache: KVCache | None, view: CrossView | None = None) -> Tensor:
         """A prompt from position 0: x [B, T, C], positions [B, T]. Rows may be padded on the right."""
-        return self._run(x, positions, Past(cache, positions, x.shape[1]), view)
+        return self._run(x, positions, Past(cache, positions, x.shape[1], self.attention), view)
 
     def decode(
         self, x: Tensor, positions: Tensor, cache: KVCache, visible: int, view: CrossView | None = None
     ) -> Tensor:
         """A step behind a cache: x [B, T, C] at positions [B, T], all below `visible`, the slots that are read."""
-        return self._run(x, positions, Past(cache, positions, visible), view)
+        return self._run(x, positions, Past(cache, positions, visible, self.attention), view)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

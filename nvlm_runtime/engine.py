@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.cache import KVCache
 from nvlm_runtime.decoder import CrossView
 from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
@@ -89,20 +90,30 @@ class NVLM:
         self.dtype = next(model.parameters()).dtype
 
     @classmethod
-    def load(cls, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "NVLM":
+    def load(
+        cls,
+        name: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        attention: Attention = "sdpa",
+    ) -> "NVLM":
         """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder.
 
-        dtype: None is config.json's torch_dtype. Raises FileNotFoundError or ValueError as `weights.load` does.
+        dtype: None is config.json's torch_dtype. attention: what prompts' self-attention goes through, torch's own or
+        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. Raises FileNotFoundError or
+        ValueError as `weights.load` does, and ValueError where flash-attn is asked for and cannot run.
         """
         if dtype is not None and dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
         folder = checkpoint_folder(name)
         check_device(device)
+        check_attention(attention, device)
         read_json(folder / "config.json")
         tokenizer = Tokenizer.load(folder)
         for special in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>"):
             tokenizer.special(special)
         model, _ = load(folder, device, dtype)
+        model.language_model.attention = attention
         if tokenizer.vocab_size > model.config.text.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "

@@ -142,12 +142,17 @@ def _sum_kernel(
     tl.store(out_ptr + row * D + offs_d, out, mask=offs_d < D)
 
 
-def _block(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """Rows and keys of a block: all rows up to 64, and the most keys of those tried that spill no register."""
-    rows = q.shape[1] * (q.shape[2] // k.shape[2])
+def _sizes(q: Tensor, k: Tensor) -> dict[str, int]:
+    """All rows of a token, or of several, up to 64; keys and warps as `_sizes` of tile_attention chooses them."""
+    rows = max(16, triton.next_power_of_2(q.shape[1] * (q.shape[2] // k.shape[2])))
+    width = triton.next_power_of_2(q.shape[3])
     if q.dtype == torch.float32:
-        return 16, 16
-    return (16, 64) if rows <= 16 else (32, 64) if rows <= 32 else (64, 32)
+        side = 16 if width > 64 else 32
+        rows, keys, num_warps, num_stages = min(rows, side), side, 4 if width <= 32 else 8, 1
+    else:
+        rows, num_warps, num_stages = min(rows, 64), 4, 2
+        keys = 64 if rows < 64 else 32
+    return dict(BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=width, num_warps=num_warps, num_stages=num_stages)
 
 
 @triton_op("nvlm::split_attention", mutates_args=())
@@ -157,20 +162,17 @@ def _split(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_splits: int) -> Te
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     peak, total = torch.empty(2, num_splits, *q.shape[:3], dtype=torch.float32, device=q.device).unbind()
     acc = torch.empty(num_splits, *q.shape, dtype=torch.float32, device=q.device)
-    block_d = triton.next_power_of_2(head_dim)
-    block_m, block_n = _block(q, k)
-    full = q.dtype == torch.float32
-    grid = (num_splits, triton.cdiv(num_tokens * (num_heads // groups), block_m), batch * groups)
+    sizes = _sizes(q, k)
+    grid = (num_splits, triton.cdiv(num_tokens * (num_heads // groups), sizes["BLOCK_M"]), batch * groups)
     wrap_triton(_share_kernel)[grid](
         q, k, v, seen, peak, total, acc, num_tokens, num_keys, num_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        G=num_heads // groups, FROM_LENGTH=seen.dim() == 1, SCALE=head_dim**-0.5, D=head_dim,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=8 if full else 4, num_stages=1 if full else 2,
+        G=num_heads // groups, FROM_LENGTH=seen.dim() == 1, SCALE=head_dim**-0.5, D=head_dim, **sizes,
     )  # fmt: skip
     num_rows = batch * num_tokens * num_heads
     wrap_triton(_sum_kernel)[(num_rows,)](
         peak, total, acc, out, num_splits, num_rows,
-        D=head_dim, BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_D=block_d, num_warps=4,
+        D=head_dim, BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_D=sizes["BLOCK_D"], num_warps=4,
     )  # fmt: skip
     return out
 
@@ -178,8 +180,8 @@ def _split(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_splits: int) -> Te
 def split_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_splits: int | None = None) -> Tensor:
     """The kernels on inputs that their caller has checked; num_splits is for tests, by shape where None."""
     if num_splits is None:
-        block_m, block_n = _block(q, k)
-        programs = q.shape[0] * k.shape[2] * triton.cdiv(q.shape[1] * (q.shape[2] // k.shape[2]), block_m)
-        num_splits = max(1, min(PROGRAMS // programs, triton.cdiv(k.shape[1], block_n)))
+        sizes = _sizes(q, k)
+        blocks = q.shape[0] * k.shape[2] * triton.cdiv(q.shape[1] * (q.shape[2] // k.shape[2]), sizes["BLOCK_M"])
+        num_splits = max(1, min(PROGRAMS // blocks, triton.cdiv(k.shape[1], sizes["BLOCK_N"])))
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     return _split(q, k, v, seen.contiguous(), num_splits)

@@ -282,17 +282,19 @@ def _dkdv_kernel(
 
 
 def _sizes(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """The largest blocks of those tried that spill no register on sm_80, sm_90, sm_100 and gfx942; not timed.
+    """Of the blocks tried, large ones that spill no register on sm_80, sm_90, sm_100 and gfx942; not timed.
 
-    fp32 has no matrix unit there and keeps a whole row of q in one thread, so its blocks are small.
+    fp32 has no matrix unit there and keeps a whole row of q in one thread, so wide heads get small blocks.
     """
     width = triton.next_power_of_2(head_dim)
-    if dtype == torch.float32:
-        rows, keys, num_warps, num_stages = (16, 32, 4, 1) if kernel == "dkdv" and width == 128 else (16, 16, 8, 1)
-    else:
-        rows, keys, num_warps, num_stages = {"fwd": (64, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 128, 8, 2)}[
-            kernel
-        ]
+    wide, narrow = {
+        "fwd": ((16, 16, 8, 1), (32, 32, 8, 1)),
+        "dq": ((16, 16, 8, 1), (32, 32, 8, 1)),
+        "dkdv": ((16, 32, 4, 1), (32, 32, 8, 1)),
+    }[kernel]
+    half = {"fwd": (64, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 128, 8, 2)}[kernel]
+    fp32 = wide if width > 64 else narrow if width > 32 else (32, 32, 4, 1)
+    rows, keys, num_warps, num_stages = fp32 if dtype == torch.float32 else half
     return dict(BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=width, num_warps=num_warps, num_stages=num_stages)
 
 

@@ -49,14 +49,22 @@ def in_shares(num_splits):
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_matches_reference(heads, dtype, device):
-    intervals = mixed(9, 40, batch=2).to(device)
-    check_op(tile_attention, tile_attention_ref, *random(9, 40, heads, dtype, device, batch=2), intervals)
+    intervals = mixed(9, 40).to(device)
+    check_op(tile_attention, tile_attention_ref, *random(9, 40, heads, dtype, device), intervals)
 
 
-@pytest.mark.parametrize("tokens, keys", [(1, 1), (9, 1), (16, 32), (17, 33), (65, 129), (130, 20)], ids=str)
+@pytest.mark.parametrize("tokens, keys", [(9, 1), (16, 32), (17, 33), (65, 129), (130, 20)], ids=str)
 def test_sizes_around_a_block(tokens, keys, dtype, device):
     intervals = mixed(tokens, keys).to(device)
     check_op(tile_attention, tile_attention_ref, *random(tokens, keys, (1, 1, 16), dtype, device), intervals)
+
+
+def test_one_row_and_one_key(dtype, device):
+    q, k, v = random(1, 1, (1, 1, 16), dtype, device)
+    out, dq, dk, dv = gradients(q, k, v, torch.tensor([[[0, 1]]], device=device), q)
+    assert torch.equal(out, v) and torch.equal(dv, q)
+    torch.testing.assert_close(dq, torch.zeros_like(q), rtol=0, atol=1e-2 if dtype == torch.float16 else 1e-5)
+    torch.testing.assert_close(dk, torch.zeros_like(k), rtol=0, atol=1e-2 if dtype == torch.float16 else 1e-5)
 
 
 def test_every_tile_grid(dtype, device):
@@ -79,7 +87,7 @@ def test_packed_and_padded_batch(dtype, device):
     assert not tile_attention(q, k, v, intervals)[1, 9:].any()
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_intervals(data, device):
     keys = data.draw(st.integers(1, 50), "keys")
@@ -121,7 +129,7 @@ def test_what_no_row_sees_may_hold_anything(dtype, device):
     assert dk[:, seen].any(-1).all() and dq[:, ~empty].any(-1).all()
     short = gradients(q[:, 1:5], k, v, intervals[:, 1:5], dout[:, 1:5])[0]
     with torch.no_grad():
-        torch.testing.assert_close(tile_attention(q[:, 1:5], k, v, intervals[:, 1:5]), short)
+        torch.testing.assert_close(tile_attention(q[:, 1:5], k, v, intervals[:, 1:5]), short, rtol=2e-3, atol=2e-4)
 
 
 def test_a_row_sees_its_own_keys_only(dtype, device):
@@ -165,19 +173,18 @@ def test_chunks_are_the_whole(dtype, device):
         return torch.cat([tile_attention(piece, k, v, rows) for piece, rows in pieces], 1)
 
     check_op(chunked, tile_attention_ref, q, k, v, intervals)
-    check_op(chunked, tile_attention_ref, q, k, v, intervals, gradients=False)
 
 
 @pytest.mark.parametrize("tokens", [9, 3])
-def test_views_of_larger_tensors(tokens, dtype, device, memory):
+def test_views_of_larger_tensors(tokens, dtype, device):
     """q out of a fused projection, k and v a layer of a cache: read in place, at any alignment, within their bounds."""
-    q, k, v = random(tokens, 33, (4, 2, 32), dtype, device, batch=2)
+    q, k, v = random(tokens, 33, (2, 2, 16), dtype, device, batch=2)
     intervals = mixed(tokens, 33, batch=2).to(device)
-    fused = planted(torch.randn(2, tokens, 7 * 32 + 1, dtype=dtype, device=device))
-    cache = planted(torch.full((2, 3, 2, 40, 2, 32), NAN, dtype=dtype, device=device))
-    fused[..., 1:129] = q.flatten(2)
+    fused = planted(torch.randn(2, tokens, 7 * 16 + 1, dtype=dtype, device=device))
+    cache = planted(torch.full((2, 3, 2, 40, 2, 16), NAN, dtype=dtype, device=device))
+    fused[..., 1:33] = q.flatten(2)
     cache[0, 1, :, :33], cache[1, 1, :, :33] = k, v
-    views = fused[..., 1:129].unflatten(-1, (4, 32)), cache[0, 1, :, :33], cache[1, 1, :, :33]
+    views = fused[..., 1:33].unflatten(-1, (2, 16)), cache[0, 1, :, :33], cache[1, 1, :, :33]
     assert not any(t.is_contiguous() for t in views)
     dout = torch.randn_like(q)
     for got, want in zip(gradients(*views, intervals, dout), gradients(q, k, v, intervals, dout)):
@@ -196,20 +203,19 @@ def test_intervals_of_any_layout(dtype, device):
     assert torch.equal(tile_attention(q, k, v, intervals.mT.contiguous().mT), want)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 5, 9])
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens, num_splits", [(1, 1), (8, 1), (8, 2), (1, 5), (8, 5)], ids=str)
 def test_decode_form(tokens, num_splits, dtype, device):
     """Shares of blocks, more shares than blocks, rows that see nothing of a share, and nothing at all."""
-    q, k, v = random(tokens, 200, (16, 2, 32), dtype, device, batch=2)
-    intervals = torch.tensor([[0, 200], [130, 140], [0, 0], [1, 199], [0, 1], [199, 200], [60, 70], [50, 50]])
+    q, k, v = random(tokens, 130, (10, 1, 16), dtype, device, batch=2)
+    intervals = torch.tensor([[0, 130], [90, 100], [0, 0], [1, 129], [0, 1], [129, 130], [60, 70], [50, 50]])
     intervals = torch.stack([intervals, intervals.flip(0)])[:, :tokens].contiguous().to(device)
     check_op(in_shares(num_splits), tile_attention_ref, q, k, v, intervals, gradients=False)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_decode_form_of_every_head(heads, dtype, device):
-    intervals = mixed(5, 70, batch=2).to(device)
-    q, k, v = random(5, 70, heads, dtype, device, batch=2)
+    intervals = mixed(5, 70).to(device)
+    q, k, v = random(5, 70, heads, dtype, device)
     check_op(tile_attention, tile_attention_ref, q, k, v, intervals, gradients=False)
 
 
@@ -236,11 +242,11 @@ def test_which_kernels_run(device, memory):
 @pytest.mark.parametrize("layout", ["tiles", "gap", "packed"])
 def test_bytes_read_are_what_rows_see(layout, memory):
     """k and v: what each block of rows sees, once for all its query heads; q: the rows that see a block of keys."""
-    heads, head_dim, group = 8, 16, 4
+    heads, head_dim, group = 4, 16, 4
     intervals = {
         "tiles": prompt(4, 64, before=9, tag=5, behind=20),
         "gap": torch.tensor([[[0, 20], [236, 256]] * 20]),
-        "packed": torch.cat([prompt(2, 64, behind=30), prompt(2, 64, behind=30) + 128], 1),
+        "packed": torch.cat([prompt(2, 64, behind=10), prompt(2, 64, behind=10) + 128], 1),
     }[layout]
     tokens, keys = intervals.shape[1], 256
     q, k, v = random(tokens, keys, (heads, heads // group, head_dim), torch.float16, "cpu")

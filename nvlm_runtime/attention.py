@@ -1,0 +1,81 @@
+"""The decoder's self-attention: which implementation a call takes, and what it sees of the past.
+
+B requests, T query tokens, S cached tokens, H heads, Hkv kv heads, D head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvlm_kernels import decode_attention, rotary, rotary_cache
+from nvlm_runtime.cache import KVCache
+
+Attention = Literal["sdpa", "flash"]
+
+
+def flash_attention() -> Callable[..., Tensor]:
+    """flash-attn's function of q [B, T, H, D] and k, v [B, S, Hkv, D]. Raises ValueError where it is not installed."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise ValueError(f"attention='flash' needs the flash-attn package: {error}") from error
+    return flash_attn_func
+
+
+def check_attention(attention: str, device: torch.device | str) -> None:
+    """Raises ValueError unless the implementation exists here and runs on the device."""
+    if attention not in ("sdpa", "flash"):
+        raise ValueError(f"attention must be 'sdpa' or 'flash', got {attention!r}")
+    if attention == "flash":
+        if torch.device(device).type != "cuda":
+            raise ValueError(f"attention='flash' runs on a CUDA device, the model is on {device}")
+        flash_attention()
+
+
+class Past:
+    """Self-attention of a call to its own tokens, or to a cache it writes into and reads its first `visible` slots.
+
+    positions: [B, T], growing along a row. A call without a cache, and a whole prompt, are plainly causal: torch's
+    attention, or flash-attn where `attention` says so. A few tokens behind a cache (decoding) go through
+    `decode_attention`; more of them through torch's attention with a mask, bool [B, 1, T, S].
+    """
+
+    MAX_DECODED = 8  # what decode_attention takes
+
+    def __init__(self, cache: KVCache | None, positions: Tensor, visible: int, attention: Attention):
+        self.cache = cache
+        self.attention = attention
+        self.positions = positions
+        self.visible = visible
+        self.layer = 0
+        num_tokens = positions.shape[1]
+        self.is_causal = cache is None or visible == num_tokens
+        self.lengths = self.mask = None
+        if not self.is_causal and num_tokens <= self.MAX_DECODED:
+            self.lengths = positions[:, -1] + 1  # slot s holds position s
+        elif not self.is_causal:
+            slots = torch.arange(visible, device=positions.device)
+            self.mask = (slots <= positions[..., None])[:, None]
+
+    def attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
+        """qkv: [B, T, (H + 2 Hkv) * D], not rotated. Returns [B, T, H, D]. A cache moves on to its next layer."""
+        if self.cache is None:
+            q, k = rotary(qkv, *angles, num_heads, num_kv_heads)
+            v = qkv.unflatten(-1, (-1, q.shape[-1]))[:, :, -num_kv_heads:]
+        else:
+            k, v = self.cache.k[self.layer], self.cache.v[self.layer]
+            q = rotary_cache(qkv, *angles, k, v, self.positions, num_heads)
+            k, v = k[:, : self.visible], v[:, : self.visible]
+            self.layer += 1
+        if self.lengths is not None:
+            return decode_attention(q, k, v, self.lengths)
+        if self.is_causal and self.attention == "flash":
+            return flash_attention()(q, k, v, causal=True)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D], [B, Hkv, S, D]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.is_causal, enable_gqa=num_heads != num_kv_heads
+        )
+        return out.transpose(1, 2)
