@@ -42,6 +42,8 @@ def faults(case: Case, dtype: torch.dtype, code: Code, chip: Chip) -> list[str]:
         found.append(f"widest load {code.widest_load} bytes")
     if code.has_dot and dtype != torch.float32 and not code.tensor_core:
         found.append("a product that misses the matrix unit")
+    if dtype == torch.float32 and code.tf32:
+        found.append("fp32 rounded to tf32")
     return found
 
 

@@ -111,7 +111,8 @@ def compile_launch(launch: Launch, chip: Chip) -> Any:
 @dataclass(frozen=True)
 class Code:
     """spills: bytes of local memory a thread. widest_load: bytes of the widest global load. tensor_core: instructions
-    of the matrix unit, which a kernel with a tl.dot (has_dot) needs. occupancy: resident warps over the
+    of the matrix unit, which a kernel with a tl.dot (has_dot) needs. tf32: some product rounds its fp32 operands, which
+    none of ours may: Triton 3.7.1 does so on sm_100, "ieee" or not, where a mask comes from an 8- or 16-bit load. occupancy: resident warps over the
     most a multiprocessor holds.
     """
 
@@ -122,6 +123,7 @@ class Code:
     spills: int
     shared: int
     has_dot: bool
+    tf32: bool
     tensor_core: int
     widest_load: int
     occupancy: float
@@ -144,6 +146,7 @@ def inspect(compiled: Any, chip: Chip) -> Code:
         spills=spills,
         shared=shared,
         has_dot="tt.dot" in compiled.asm["ttir"],
+        tf32="tf32" in compiled.asm.get("ptx", ""),
         tensor_core=tensor_core,
         widest_load=widest,
         occupancy=blocks * num_warps / chip.warps,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bench.cases import Case
 
 
-def measure(case: "Case") -> list[dict[str, Any]]:
+def measure(case: "Case", with_compiled: bool = True) -> list[dict[str, Any]]:
     """A row a pass. Needs TRITON_INTERPRET=1 set before torch or triton is imported."""
     import torch
 
@@ -38,10 +38,11 @@ def measure(case: "Case") -> list[dict[str, Any]]:
             backward(output, call.inputs, grads)
         ours.append((trace, torch_ops.bytes))
     eager = [sum(step.bytes for step in steps) for steps in eager_steps(call)]
-    forward = compiled_bytes(call.ref, call.inputs, False)
-    compiled = [forward]
-    if call.backward_bytes is not None:
-        compiled.append(compiled_bytes(call.ref, call.inputs, True) - forward)
+    compiled: list[int | None] = [None, None]
+    if with_compiled:
+        compiled[0] = compiled_bytes(call.ref, call.inputs, False)
+        if call.backward_bytes is not None:
+            compiled[1] = compiled_bytes(call.ref, call.inputs, True) - compiled[0]
     floors = (call.forward_bytes, call.backward_bytes)
     for name, (trace, extra), floor, plain, fused in zip(("forward", "backward"), ours, floors, eager, compiled):
         total = trace.total()
@@ -52,6 +53,7 @@ def measure(case: "Case") -> list[dict[str, Any]]:
                 "pass": name,
                 "launches": len(trace.launches),
                 "floor": floor,
+                "weights": call.weight_bytes,
                 "moved": total.loaded + total.stored + extra,
                 "memory": total.unique_loaded + total.unique_stored + extra,
                 "eager": plain,
@@ -90,7 +92,7 @@ def main() -> None:
         table(
             head,
             (
-                [r["case"], r["pass"], r["launches"], r["floor"] / 1e6, *(r[c] / r["floor"] for c in columns)]
+                [r["case"], r["pass"], r["launches"], r["floor"] / 1e6, *(r[c] and r[c] / r["floor"] for c in columns)]
                 for r in rows
             ),
         )

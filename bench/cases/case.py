@@ -13,7 +13,8 @@ class Call:
     """An op and its reference on inputs; floating inputs that require a gradient get one.
 
     forward_bytes, backward_bytes: each array a pass must read once and each it must write once; backward is None where
-    nothing is trained through. flops: multiply-adds counted twice, of the same passes.
+    nothing is trained through. weight_bytes: what of forward_bytes is weights; the rest is activations. flops:
+    multiply-adds counted twice, of the same passes.
     """
 
     op: Callable[..., Any]
@@ -21,6 +22,7 @@ class Call:
     inputs: tuple[Any, ...]
     forward_bytes: int
     backward_bytes: int | None = None
+    weight_bytes: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
 

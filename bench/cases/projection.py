@@ -26,6 +26,7 @@ def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strat
         tuple(inputs),
         forward_bytes=moved + y,
         backward_bytes=moved + y * (1 + gelu) + moved + nbytes(x[:, :1]),
+        weight_bytes=nbytes(norm_weight, norm_bias, weight),
         forward_flops=flops,
         backward_flops=2 * flops,
     )
@@ -46,6 +47,7 @@ def _gated_project(dtype, device, rows, width, inner, *, masked, train) -> Call:
         (attn, weight, residual, gate, sees),
         forward_bytes=read + 2 * nbytes(residual),
         backward_bytes=read + nbytes(residual[:live], attn, weight) if train else None,
+        weight_bytes=nbytes(weight),
         forward_flops=flops,
         backward_flops=2 * flops if train else 0,
     )

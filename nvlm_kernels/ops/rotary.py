@@ -27,16 +27,12 @@ from nvlm_kernels._backend import use_triton
 BLOCK = 2048  # elements of each half; 8 a lane, a 16-byte load in bf16, with 4 warps of AMD's 64 lanes
 
 
-def _rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 def rotary_ref(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
     heads = qkv.unflatten(-1, (-1, cos.shape[-1]))  # [B, T, H + 2 Hkv, D]
-    q, k, _ = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return _rotate_ref(q, cos, sin), _rotate_ref(k, cos, sin)
+    x = heads[:, :, : num_heads + num_kv_heads]
+    first, second = x.chunk(2, dim=-1)
+    y = x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
+    return y[:, :, :num_heads], y[:, :, num_heads:]
 
 
 def rotary_cache_ref(

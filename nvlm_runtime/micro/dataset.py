@@ -27,6 +27,8 @@ IGNORE = -100
 # Finding a thing by its look comes last: nothing in the question says where to search.
 KIND_WEIGHTS = {"tile": 1, "read": 1, "position": 1, "colour": 4, "shape": 1, "field": 3}
 
+SHUFFLED = 0.5  # of NVLM-X's conversations; all of them, and the decoder forgets how to read before it asks the tags
+
 
 def document_at(seed: int, index: int) -> Document:
     return make_document(f"train:{seed}:{index}")
@@ -153,9 +155,9 @@ def batches(
 ) -> Iterator[Batch]:
     """For ever. Conversations of like length share a batch.
 
-    The first `num_short` batches are of documents of two tiles: a decoder that has to find a glyph among 140 image
-    tokens, or which tag is meant among seven, learns it sooner among 50 and three. In the first `num_transcribed` every
-    conversation ends with a transcription.
+    The first `num_short` batches are of documents of two or three tiles: a decoder that has to find a glyph among 140
+    image tokens, or which tag is meant among seven, learns it sooner among 60 and four. In the first `num_transcribed`
+    every conversation ends with a transcription.
     """
     file = np.load(path, mmap_mode="r")
     counts = [plan_of(document_at(seed, i)).num_tiles for i in range(num_documents)]
@@ -168,7 +170,7 @@ def batches(
     while True:
         for index in rng.sample(range(num_documents), num_documents):
             document = document_at(seed, index)
-            if num_batches < num_short and len(document.tiles) != 2:
+            if num_batches < num_short and len(document.tiles) not in (2, 3):
                 continue
             chosen = _choose(rng, document, num_questions)
             if num_batches < num_transcribed:
@@ -176,7 +178,9 @@ def batches(
             if chosen:
                 rows = slice(*map(int, offsets[index : index + 2]))
                 sample = make_sample(config, tokenizer, document, chosen, rows)
-                pool.append(replace(sample, layout=shuffle_keys(config, sample.layout, rng)))
+                if rng.random() < SHUFFLED:
+                    sample = replace(sample, layout=shuffle_keys(config, sample.layout, rng))
+                pool.append(sample)
             if len(pool) == 8 * batch:
                 pool.sort(key=lambda sample: len(sample.input_ids))
                 groups = [pool[i : i + batch] for i in range(0, len(pool), batch)]

@@ -29,7 +29,7 @@ class Recipe:
     """Sizes of a training run.
 
     batch: documents a step; num_questions: the most asked of one document at a time; num_short: steps on documents of
-    two tiles, which come first; num_transcribed: steps whose conversations end with a transcription.
+    two or three tiles, which come first; num_transcribed: steps whose conversations end with a transcription.
     """
 
     steps: int = 4000

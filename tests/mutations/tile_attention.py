@@ -1,0 +1,121 @@
+FILE = "nvlm_kernels/ops/tile_attention.py"
+SOFTMAX = "nvlm_kernels/ops/online_softmax.py"
+SPLIT = "nvlm_kernels/ops/split_attention.py"
+MUTATIONS = [
+    (
+        SOFTMAX,
+        "(keys[None, :] < end[:, None])",
+        "(keys[None, :] <= end[:, None])",
+        "a row sees the key behind its last",
+    ),
+    (SOFTMAX, "(keys[None, :] >= start[:, None])", "(keys[None, :] > start[:, None])", "a row misses its first key"),
+    (
+        SOFTMAX,
+        "return visible, tl.max(visible.to(tl.int32), 0) > 0",
+        "return visible, tl.max(visible.to(tl.int32), 0) >= 0",
+        "unseen keys of a block are read",
+    ),
+    (
+        SOFTMAX,
+        "        scores = tl.where(visible, scores, float",
+        "        scores = tl.where(wanted[None, :], scores, float",
+        "a row sees what its block sees",
+    ),
+    (
+        SOFTMAX,
+        'shift = tl.where(new == float("-inf"), 0.0, new)',
+        "shift = new",
+        "-inf minus -inf in a row that has seen nothing yet",
+    ),
+    (SOFTMAX, "acc * decay[:, None]", "acc", "the sum of v is not brought to the new maximum"),
+    (SOFTMAX, "return new, total * decay +", "return new, total +", "the sum of p is not brought to the new maximum"),
+    (
+        SOFTMAX,
+        "all_lo = tl.maximum(tl.max(tl.where(sees, start, 0), 0), lo)",
+        "all_lo = lo",
+        "blocks that later rows do not see count as full",
+    ),
+    (
+        SOFTMAX,
+        "all_hi = tl.minimum(tl.min(tl.where(sees, end, hi), 0), hi)",
+        "all_hi = hi",
+        "blocks that early rows do not see count as full",
+    ),
+    (SOFTMAX, "tl.where(i < before, i, i + full)", "i", "masked blocks behind the full ones are taken before them"),
+    (
+        SOFTMAX,
+        "start = tl.minimum(tl.maximum(start, 0), num_keys)",
+        "start = tl.minimum(start, num_keys)",
+        "a negative start is not cut",
+    ),
+    (
+        SOFTMAX,
+        "end = tl.where(inside, tl.minimum(tl.maximum(end, 0), num_keys), 0)",
+        "end = tl.where(inside, tl.maximum(end, 0), 0)",
+        "an end behind the keys is not cut",
+    ),
+    (
+        FILE,
+        "tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)",
+        "acc / tl.where(total > 0, total, 1.0)[:, None]",
+        "an empty row keeps what other rows see",
+    ),
+    (
+        FILE,
+        'tl.store(lse_ptr + row, tl.where(sees, lse, float("inf"))',
+        "tl.store(lse_ptr + row, peak",
+        "lse without sum",
+    ),
+    (
+        FILE,
+        "delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)",
+        "delta = tl.sum(dout.to(tl.float32), 1)",
+        "delta without the output",
+    ),
+    (
+        FILE,
+        "        ds = tl.where(visible, ds, 0.0)\n    return",
+        "        ds = ds\n    return",
+        "dq of keys a row does not see",
+    ),
+    (FILE, "tl.store(dq_ptr + at, dq * SCALE", "tl.store(dq_ptr + at, dq", "dq without the scale"),
+    (FILE, "        p = tl.where(visible, p, 0.0)\n", "", "dv from rows that do not see the key"),
+    (FILE, "tl.where(visible, ds, 0.0).to(q.dtype), q, dk", "ds.to(q.dtype), q, dk", "dk of unseen keys unmasked"),
+    (FILE, "tl.where(sees, token + 1, 0)", "tl.where(sees, token, 0)", "dk, dv leave the last token out"),
+    (
+        FILE,
+        "for rows in range(low * G, high * G, BLOCK_M)",
+        "for rows in range(0, num_tokens * G, BLOCK_M)",
+        "all rows",
+    ),
+    (
+        FILE,
+        "for rows in range(low * G, high * G, BLOCK_M)",
+        "for rows in range(low * G, high, BLOCK_M)",
+        "one head of a group",
+    ),
+    (
+        FILE,
+        "        wanted = sees[:, None] & lanes\n",
+        "        wanted = (token < num_tokens)[:, None] & lanes\n",
+        "rows that see nothing of a block are read",
+    ),
+    (
+        FILE,
+        "mask=sees[:, None] & lanes, other=0.0)\n    k_ptr",
+        "mask=(token < num_tokens)[:, None] & lanes, other=0.0)\n    k_ptr",
+        "q of empty rows is read",
+    ),
+    (
+        SOFTMAX,
+        "    before, full, masked = key_blocks(start, end, lo, hi, BLOCK_N)\n    end = tl.minimum(end, hi)",
+        "    end = tl.minimum(end, hi)\n    before, full, masked = key_blocks(start, end, lo, hi, BLOCK_N)",
+        "a row whose keys lie behind a share counts as empty there",
+    ),
+    (
+        SPLIT,
+        "    q, k, v = (rows_contiguous(t) for t in (q, k, v))\n",
+        "",
+        "another last axis is read as if contiguous",
+    ),
+]
