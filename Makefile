@@ -21,8 +21,8 @@ demo: install
 test: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(RUN)/python -m pytest -q tests/kernels
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN)/python -m pytest -q -n auto tests/kernels
 
 clean:
 	rm -rf $(VENV)

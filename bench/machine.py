@@ -110,10 +110,10 @@ def compile_launch(launch: Launch, chip: Chip) -> Any:
 
 @dataclass(frozen=True)
 class Code:
-    """spills: bytes of local memory a thread. widest_load: bytes of the widest global load. tensor_core: instructions
-    of the matrix unit, which a kernel with a tl.dot (has_dot) needs. tf32: some product rounds its fp32 operands, which
-    none of ours may: Triton 3.7.1 does so on sm_100, "ieee" or not, where a mask comes from an 8- or 16-bit load. occupancy: resident warps over the
-    most a multiprocessor holds.
+    """spills: bytes of local memory a thread. has_dot: it holds a tl.dot, and so needs tensor_core, instructions of the
+    matrix unit. tf32: a product rounds its fp32 operands, which none of ours may: Triton 3.7.1 does so on sm_100,
+    "ieee" or not, where an operand's mask comes from an 8- or 16-bit load. widest_load: bytes of the widest global
+    load. occupancy: resident warps over the most a multiprocessor holds.
     """
 
     kernel: str

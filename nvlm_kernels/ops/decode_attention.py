@@ -29,6 +29,12 @@ def decode_attention_ref(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: T
     return torch.where(sees[..., None], out.transpose(1, 2), 0)
 
 
+def _one_length(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -> Tensor:
+    """The reference where every row sees the first `length` slots: they are cut out, and nothing is masked."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, :length], v_cache[:, :length]))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """Attention of the newest T tokens to the filled slots of a static cache.
 
@@ -48,8 +54,13 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     if lengths.device != q.device:
         raise ValueError(f"decode_attention: lengths are on {lengths.device}, q on {q.device}")
     if not use_triton(q):
-        if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > k_cache.shape[1])).any():
+        if torch.compiler.is_compiling():
+            return decode_attention_ref(q, k_cache, v_cache, lengths)
+        known = set(lengths.tolist())
+        if known and (min(known) < 0 or max(known) > k_cache.shape[1]):
             raise ValueError(f"decode_attention: lengths leave the {k_cache.shape[1]} slots: {lengths.tolist()}")
+        if q.shape[1] == 1 and len(known) == 1 and 0 not in known:
+            return _one_length(q, k_cache, v_cache, *known)
         return decode_attention_ref(q, k_cache, v_cache, lengths)
     check_kernel("decode_attention", q)
     if q.numel() == 0 or k_cache.shape[1] == 0:

@@ -33,6 +33,7 @@ class Row:
             self.ids += ids
             self.sees += [(self.key, self.key + size)] * len(ids)
             self.key += size
+            self.text(1 if tile == 1 else 0)  # an ordinary token between two tags sees the images before
         self.seen = self.key
         self.images.append((len(self.ids), self.key))
         return self.text(0, CLOSE)
