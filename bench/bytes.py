@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, fake_tensor_prop, record_original_output_strides
@@ -16,6 +17,7 @@ from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -75,16 +77,53 @@ def _touched(t: Tensor) -> int:
     return numel * t.element_size()
 
 
+class _OneAttention(torch.autograd.Function):
+    """Shapes of attention, its work noted as one fused kernel's: each array once, every score, masked or not."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, steps):
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        flops = 4 * q.numel() * k.shape[-2]
+        steps.append(Step("attention", sum(map(_touched, (q, k, v, out, *([] if mask is None else [mask])))), flops))
+        ctx.save_for_backward(q, k, v)
+        ctx.steps, ctx.flops = steps, flops
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v = ctx.saved_tensors
+        moved = 2 * sum(map(_touched, (q, k, v))) + 2 * _touched(dout)  # q k v dq dk dv, out dout
+        ctx.steps.append(Step("attention", moved, ctx.flops * 5 // 2))
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
+
+
+class FusedAttention(TorchFunctionMode):
+    """Torch's attention as the one kernel a GPU takes it to; on meta tensors it would be a product and a softmax."""
+
+    def __init__(self, steps: list[Step]):
+        super().__init__()
+        self.steps = steps
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _OneAttention.apply(*args[:3], kwargs.get("attn_mask"), self.steps)
+
+
 def eager_steps(call: Call) -> tuple[list[Step], list[Step]]:
-    """What the reference does, forward and backward."""
-    with EagerBytes() as forward:
+    """What the reference does, forward and backward, torch's attention taken as one kernel."""
+    attention: list[Step] = []
+    with FusedAttention(attention), EagerBytes() as forward:
         output = call.ref(*call.inputs)
+    forward.steps += attention
     if call.backward_bytes is None:
         return forward.steps, []
+    attention.clear()
     grads = [torch.ones_like(t) for t in tensors_in(output) if t.requires_grad]
     with EagerBytes() as back:
         backward(output, call.inputs, grads)
-    return forward.steps, back.steps
+    return forward.steps, back.steps + attention
 
 
 def compiled_bytes(fn: Callable[..., Any], inputs: tuple[Any, ...], with_backward: bool) -> int:

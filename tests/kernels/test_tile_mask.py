@@ -39,6 +39,7 @@ class Row:
         return self.text(0, CLOSE)
 
     def document(self) -> "Row":
+        self.key += 2  # keys may be padded between documents
         self.documents.append((len(self.ids), self.key))
         self.since = self.seen = self.key
         return self
