@@ -32,7 +32,7 @@ class Recipe:
     two or three tiles, which come first; num_transcribed: steps whose conversations end with a transcription.
     """
 
-    steps: int = 4000
+    steps: int = 5500
     tower_steps: int = 3000
     num_documents: int = 20000
     batch: int = 16

@@ -268,10 +268,16 @@ def test_bytes_read_are_what_rows_see(layout, memory):
         assert access["_fwd_kernel", argument].loaded <= 1.15 * by_blocks_of_rows("fwd")
         assert access["_dq_kernel", argument].loaded <= 1.15 * by_blocks_of_rows("dq")
         assert access["_fwd_kernel", argument].unique_loaded <= 1.15 * row * int(dense.any(0).sum())
-    columns = dense.split(_sizes("dkdv", q.dtype, head_dim)["BLOCK_N"], dim=1)
-    rows = sum(int(block.any(1).sum()) for block in columns)
+    seeing = row * group * int(dense.any(1).sum())
+    for kernel, argument in (("_fwd_kernel", "q_ptr"), ("_dq_kernel", "q_ptr"), ("_dq_kernel", "dout_ptr")):
+        assert access[kernel, argument].loaded == seeing, "rows that see nothing are read"
+    sizes = _sizes("dkdv", q.dtype, head_dim)
+    columns = [block.any(1).nonzero() for block in dense.split(sizes["BLOCK_N"], dim=1)]
     for argument in ("q_ptr", "dout_ptr"):
-        assert access["_dkdv_kernel", argument].loaded <= 1.15 * row * group * rows
+        assert access["_dkdv_kernel", argument].loaded <= 1.15 * row * group * sum(map(len, columns))
+    spans = sum(int(rows.max() - rows.min()) + 1 + sizes["BLOCK_M"] // group for rows in columns)
+    looked_at = access["_dkdv_kernel", "intervals_ptr"].loaded // intervals[0, 0].nbytes
+    assert looked_at <= tokens * len(columns) + spans, "rows before the first and behind the last that see the keys"
     with torch.no_grad():
         tile_attention(q[:, 8:16], k, v, intervals[:, 8:16])
     assert access["_share_kernel", "k_ptr"].loaded <= 1.15 * row * int(dense[8:16].any(0).sum())

@@ -9,7 +9,7 @@ MUTATIONS = [
         SOFTMAX,
         "end = tl.where(inside, tl.minimum(tl.maximum(end, 0)",
         "end = tl.where(inside, tl.minimum(tl.abs(end)",
-        "length 0",
+        "an end before slot 0 is taken for its size",
     ),
     (SPLIT, "lo = lo + split.to(tl.int32) * share", "lo = lo", "every share begins with the first slot"),
     (SPLIT, "hi = tl.minimum(lo + share, hi)", "hi = hi", "every share goes on to the last slot"),

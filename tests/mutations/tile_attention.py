@@ -86,7 +86,7 @@ MUTATIONS = [
         FILE,
         "for rows in range(low * G, high * G, BLOCK_M)",
         "for rows in range(0, num_tokens * G, BLOCK_M)",
-        "all rows",
+        "rows outside the span of those that see a key are looped over",
     ),
     (
         FILE,
