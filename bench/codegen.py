@@ -14,7 +14,7 @@ import torch
 from bench.cases import CASES, Case
 from bench.cases.case import backward
 from bench.machine import CHIPS, Chip, Code, Launch, capture, compile_launch, inspect
-from bench.report import RESULTS, table, write
+from bench.report import table, write
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,7 +55,7 @@ def codes(case: Case, dtype: torch.dtype, chip: Chip) -> Iterator[Code]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
-    parser.add_argument("--json", type=Path, default=RESULTS / "codegen.json")
+    parser.add_argument("--json", type=Path, help="default: bench/results/codegen.json, where no case is named")
     args = parser.parse_args()
     chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
     if not chosen:
@@ -97,7 +97,7 @@ def main() -> None:
     )
     print(table(head, ([*(row[k] for k in keys), row["occupancy"], "; ".join(row["faults"])] for row in rows)))
     print(f"\n{sum(bool(row['faults']) for row in rows)} of {len(rows)} have a fault")
-    write(args.json, "codegen", rows)
+    write(args.json, "codegen", rows, bool(args.cases))
 
 
 if __name__ == "__main__":

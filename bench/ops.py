@@ -20,7 +20,7 @@ import triton
 
 from bench.cases import CASES, Call, Case
 from bench.cases.case import tensors_in
-from bench.report import RESULTS, table, write
+from bench.report import table, write
 
 # Published peaks: bytes/s of memory, dense bf16 flops/s.
 ROOFS = {
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
     parser.add_argument("--base", metavar="REV", help="a commit whose kernels are timed beside these")
     parser.add_argument("--ours-only", action="store_true", help="leave eager and compiled out")
-    parser.add_argument("--json", type=Path, default=RESULTS / "ops.json")
+    parser.add_argument("--json", type=Path, help="default: bench/results/ops.json, where no case is named")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "bench.ops: no GPU here; `pytest bench --benchmark-only` runs on a CPU\n")
@@ -140,7 +140,7 @@ def main() -> None:
             (row["case"], row["pass"], *medians, *spread, row["gb_per_s"], row["tflop_per_s"], roof, row["base_us"])
         )
     print(table(head, lines))
-    write(args.json, "ops", rows)
+    write(args.json, "ops", rows, bool(args.cases))
 
 
 if __name__ == "__main__":

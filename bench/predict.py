@@ -14,7 +14,7 @@ import torch
 
 from bench.bytes import eager_steps
 from bench.cases import CASES, Case
-from bench.report import RESULTS, table, write
+from bench.report import table, write
 
 BYTES_PER_S = 3.35e12
 FLOPS_PER_S = 989e12
@@ -52,7 +52,7 @@ def predict(case: Case) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
-    parser.add_argument("--json", type=Path, default=RESULTS / "predict.json")
+    parser.add_argument("--json", type=Path, help="default: bench/results/predict.json, where no case is named")
     args = parser.parse_args()
     chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
     if not chosen:
@@ -62,7 +62,7 @@ def main() -> None:
     keys = ("case", "pass", "bound", "megabytes", "gigaflops", "roof_us", "eager_us", "eager_share_of_roof")
     head = ("case", "pass", "bound by", "MB", "GFLOP", "roof us", "eager us", "eager / roof")
     print(table(head, ([row[key] for key in keys] for row in rows)))
-    write(args.json, "predict", rows)
+    write(args.json, "predict", rows, bool(args.cases))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,12 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
-    """One JSON file: the setting, then the rows."""
-    text = json.dumps({"bench": kind, "setting": setting(), "rows": rows}, indent=1)
+def write(path: Path | None, kind: str, rows: list[dict[str, Any]], some: bool) -> None:
+    """One JSON file: the setting, then the rows. path None: results/KIND.json, which `some` of the cases leave alone."""
+    if path is None:
+        if some:
+            return
+        path = RESULTS / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    path.write_text(json.dumps({"bench": kind, "setting": setting(), "rows": rows}, indent=1) + "\n")
     print(f"\n{len(rows)} rows in {path}")

@@ -76,11 +76,11 @@ def _outputs(output: Any) -> list[Any]:
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     from bench.cases import CASES
-    from bench.report import RESULTS, table, write
+    from bench.report import table, write
 
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
-    parser.add_argument("--json", type=Path, default=RESULTS / "traffic.json")
+    parser.add_argument("--json", type=Path, help="default: bench/results/traffic.json, where no case is named")
     args = parser.parse_args()
     chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
     if not chosen:
@@ -97,7 +97,7 @@ def main() -> None:
             ),
         )
     )
-    write(args.json, "traffic", rows)
+    write(args.json, "traffic", rows, bool(args.cases))
 
 
 if __name__ == "__main__":

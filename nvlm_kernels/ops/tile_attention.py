@@ -387,8 +387,12 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor
     if intervals.device != q.device:
         raise ValueError(f"tile_attention: intervals are on {intervals.device}, q on {q.device}")
     if not use_triton(q):
-        if not torch.compiler.is_compiling() and ((intervals < 0) | (intervals > k.shape[1])).any():
-            raise ValueError(f"tile_attention: intervals leave the {k.shape[1]} keys: {intervals.tolist()}")
+        if not torch.compiler.is_compiling():
+            outside = intervals[((intervals < 0) | (intervals > k.shape[1])).any(-1)].tolist()
+            if outside:
+                raise ValueError(
+                    f"tile_attention: intervals leave the {k.shape[1]} keys: {outside[0]}, {len(outside)} in all"
+                )
         return tile_attention_ref(q, k, v, intervals)
     check_kernel("tile_attention", q)
     if q.numel() == 0 or k.shape[1] == 0:

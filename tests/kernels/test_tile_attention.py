@@ -358,6 +358,13 @@ def test_kernels_stay_within_the_keys(tokens, dtype):
     assert torch.equal(tile_attention(q, k, v, intervals), tile_attention(q, k, v, inside))
 
 
+@pytest.mark.skipif(not INTERPRET, reason="runs the kernels")
+def test_schema_and_autograd(device):
+    q, k, v = (t.requires_grad_() for t in random(9, 70, (2, 1, 32), torch.float32, device, batch=2))
+    tests = ("test_schema", "test_autograd_registration")
+    torch.library.opcheck(_fwd, (q, k, v, mixed(9, 70, batch=2).to(device)), test_utils=tests)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_opcheck(heads, device):
