@@ -50,7 +50,7 @@ def _cell(value: Any) -> str:
 
 
 def write(path: Path | None, kind: str, rows: list[dict[str, Any]], some: bool) -> None:
-    """One JSON file: the setting, then the rows. path None: results/KIND.json, which `some` of the cases leave alone."""
+    """The setting and the rows as JSON. path None: results/KIND.json, which a run of `some` cases leaves alone."""
     if path is None:
         if some:
             return
