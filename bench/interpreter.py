@@ -120,7 +120,7 @@ class MemoryTrace:
         ) = self._saved
 
     def _touch(self, pointers: np.ndarray, mask: np.ndarray, kind: str) -> None:
-        pointers, mask = np.broadcast_arrays(pointers, mask)
+        pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))  # a mask of `&` may come as int32
         left = np.unique(pointers[mask].astype(np.int64))
         for array in self._arrays:
             if not len(left):

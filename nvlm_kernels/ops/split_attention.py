@@ -151,7 +151,7 @@ def _sizes(q: Tensor, k: Tensor) -> dict[str, int]:
         rows, keys, num_warps, num_stages = min(rows, side), side, 4 if width <= 32 else 8, 1
     else:
         rows, num_warps, num_stages = min(rows, 64), 4, 2
-        keys = 64 if rows < 64 else 32
+        keys = 64 if rows < 64 or width <= 64 else 32
     return dict(BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=width, num_warps=num_warps, num_stages=num_stages)
 
 
