@@ -3,17 +3,15 @@
 Compiled ahead of time with the launcher's own signatures, no GPU needed; see bench.machine for how it is read.
 """
 
-import argparse
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.cases import CASES, Case
+from bench.cases import Case
 from bench.cases.case import backward
 from bench.machine import CHIPS, Chip, Code, Launch, capture, compile_launch, inspect
+from bench.options import chosen, options
 from bench.report import table, write
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,54 +45,21 @@ def faults(case: Case, dtype: torch.dtype, code: Code, chip: Chip) -> list[str]:
     return found
 
 
-def codes(case: Case, dtype: torch.dtype, chip: Chip) -> Iterator[Code]:
-    for launch in launches(case, dtype):
-        yield inspect(compile_launch(launch, chip), chip)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
-    parser.add_argument("--json", type=Path, help="default: bench/results/codegen.json, where no case is named")
+    parser = options("codegen", __doc__)
     args = parser.parse_args()
-    chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
-    if not chosen:
-        parser.error(f"no case begins with {args.cases}; known: {', '.join(case.id for case in CASES)}")
     rows: list[dict[str, Any]] = []
-    for case in chosen:
+    for case in chosen(parser, args.cases):
         for dtype in DTYPES:
+            made = launches(case, dtype)
             for chip in CHIPS.values():
-                for code in codes(case, dtype, chip):
+                for code in (inspect(compile_launch(launch, chip), chip) for launch in made):
                     name = str(dtype).removeprefix("torch.")
                     rows.append(
                         {"case": case.id, "dtype": name} | asdict(code) | {"faults": faults(case, dtype, code, chip)}
                     )
-    head = (
-        "case",
-        "kernel",
-        "dtype",
-        "chip",
-        "warps",
-        "regs",
-        "spills",
-        "shared",
-        "matrix",
-        "load",
-        "occup.",
-        "faults",
-    )
-    keys = (
-        "case",
-        "kernel",
-        "dtype",
-        "chip",
-        "num_warps",
-        "registers",
-        "spills",
-        "shared",
-        "tensor_core",
-        "widest_load",
-    )
+    keys = "case kernel dtype chip num_warps registers spills shared tensor_core widest_load".split()
+    head = "case kernel dtype chip warps regs spills shared matrix load occup. faults".split()
     print(table(head, ([*(row[k] for k in keys), row["occupancy"], "; ".join(row["faults"])] for row in rows)))
     print(f"\n{sum(bool(row['faults']) for row in rows)} of {len(rows)} have a fault")
     write(args.json, "codegen", rows, bool(args.cases))

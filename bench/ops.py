@@ -6,7 +6,6 @@ whatever an implementation moves, and the share of the roof is theirs. `--base` 
 Without a GPU it says so and stops; `pytest bench --benchmark-only` runs everywhere.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 import triton
 
-from bench.cases import CASES, Call, Case
+from bench.cases import Call, Case
 from bench.cases.case import tensors_in
+from bench.options import chosen, options
 from bench.report import table, write
 
 # Published peaks: bytes/s of memory, dense bf16 flops/s.
@@ -103,19 +103,14 @@ def at_revision(revision: str, cases: list[str]) -> dict[tuple[str, str], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
+    parser = options("ops", __doc__)
     parser.add_argument("--base", metavar="REV", help="a commit whose kernels are timed beside these")
     parser.add_argument("--ours-only", action="store_true", help="leave eager and compiled out")
-    parser.add_argument("--json", type=Path, help="default: bench/results/ops.json, where no case is named")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "bench.ops: no GPU here; `pytest bench --benchmark-only` runs on a CPU\n")
-    chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
-    if not chosen:
-        parser.error(f"no case begins with {args.cases}; known: {', '.join(case.id for case in CASES)}")
     base = at_revision(args.base, args.cases) if args.base else {}
-    rows = [row for case in chosen for row in measure(case, args.ours_only)]
+    rows = [row for case in chosen(parser, args.cases) for row in measure(case, args.ours_only)]
     for row in rows:
         row["base_us"] = base.get((row["case"], row["pass"]))
     head = (

@@ -6,18 +6,17 @@ array once, one launch each pass), so it is the least time a perfect kernel coul
 Roof: NVIDIA H100 SXM data sheet, 3.35 TB/s and 989 TFLOP/s dense bf16.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.bytes import eager_steps
-from bench.cases import CASES, Case
+from bench.cases import Case
+from bench.ops import ROOFS
+from bench.options import chosen, options
 from bench.report import table, write
 
-BYTES_PER_S = 3.35e12
-FLOPS_PER_S = 989e12
+BYTES_PER_S, FLOPS_PER_S = ROOFS["NVIDIA H100 80GB HBM3"]
 
 
 def seconds(num_bytes: int, flops: int) -> float:
@@ -50,14 +49,9 @@ def predict(case: Case) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
-    parser.add_argument("--json", type=Path, help="default: bench/results/predict.json, where no case is named")
+    parser = options("predict", __doc__)
     args = parser.parse_args()
-    chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
-    if not chosen:
-        parser.error(f"no case begins with {args.cases}; known: {', '.join(case.id for case in CASES)}")
-    rows = [row for case in chosen for row in predict(case)]
+    rows = [row for case in chosen(parser, args.cases) for row in predict(case)]
     print("Predicted for one H100 SXM in bf16; nothing here was measured.\n")
     keys = ("case", "pass", "bound", "megabytes", "gigaflops", "roof_us", "eager_us", "eager_share_of_roof")
     head = ("case", "pass", "bound by", "MB", "GFLOP", "roof us", "eager us", "eager / roof")

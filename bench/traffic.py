@@ -4,14 +4,13 @@ Runs the kernels in the interpreter, fp16, where every lane of every load and st
 counted. Columns, in bytes over the floor (each array a pass needs once, each it makes once):
     moved     what kernels and torch ops of ours load and store; matmul cases read their operands again for every
               block, which a cache serves, so
-    memory    counts an address once a launch: what is left for the memory where the cache holds
+    memory    counts an address once a launch: what is left for the memory where the cache holds. A streaming kernel's
+              weights are read again by every program too, so its `moved` is above its `memory` by that
     eager     the reference, every aten op reading its inputs and writing its outputs once
     compiled  the graphs Inductor would emit for the reference, by its own count, after its fusions
 """
 
-import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ def measure(case: "Case", with_compiled: bool = True) -> list[dict[str, Any]]:
             {
                 "case": case.id,
                 "kind": case.kind,
+                "dims": case.traced or case.small,
                 "pass": name,
                 "launches": len(trace.launches),
                 "floor": floor,
@@ -75,17 +75,12 @@ def _outputs(output: Any) -> list[Any]:
 
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    from bench.cases import CASES
+    from bench.options import chosen, options
     from bench.report import table, write
 
-    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help="ids of cases, or the start of them; all where none is named")
-    parser.add_argument("--json", type=Path, help="default: bench/results/traffic.json, where no case is named")
+    parser = options("traffic", __doc__)
     args = parser.parse_args()
-    chosen = [case for case in CASES if not args.cases or case.id.startswith(tuple(args.cases))]
-    if not chosen:
-        parser.error(f"no case begins with {args.cases}; known: {', '.join(case.id for case in CASES)}")
-    rows = [row for case in chosen for row in measure(case)]
+    rows = [row for case in chosen(parser, args.cases) for row in measure(case)]
     columns = ("moved", "memory", "eager", "compiled")
     head = ("case", "pass", "launches", "floor MB", *columns)
     print(

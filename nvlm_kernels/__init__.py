@@ -9,12 +9,14 @@ from nvlm_kernels.ops.pixel_shuffle_project import pixel_shuffle_project
 from nvlm_kernels.ops.qk_norm import qk_norm, qk_norm_from_sums, qk_sum_squares
 from nvlm_kernels.ops.rms_norm import rms_norm
 from nvlm_kernels.ops.rotary import rotary, rotary_cache
+from nvlm_kernels.ops.split_attention import MAX_TOKENS as MAX_DECODE_TOKENS
 from nvlm_kernels.ops.swiglu import swiglu
 from nvlm_kernels.ops.tanh_gated_add import tanh_gated_add
 from nvlm_kernels.ops.tile_attention import tile_attention
 from nvlm_kernels.ops.tile_mask import draw_tile_mask, tile_mask, tile_mask_from_ids, to_dense
 
 __all__ = [
+    "MAX_DECODE_TOKENS",
     "add_rms_norm",
     "decode_attention",
     "draw_tile_mask",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvlm_kernels import decode_attention, rotary, rotary_cache
+from nvlm_kernels import MAX_DECODE_TOKENS, decode_attention, rotary, rotary_cache
 from nvlm_runtime.cache import KVCache
 
 Attention = Literal["sdpa", "flash"]
@@ -43,8 +43,6 @@ class Past:
     `decode_attention`; more of them through torch's attention with a mask, bool [B, 1, T, S].
     """
 
-    MAX_DECODED = 8  # what decode_attention takes
-
     def __init__(self, cache: KVCache | None, positions: Tensor, visible: int, attention: Attention):
         self.cache = cache
         self.attention = attention
@@ -54,7 +52,7 @@ class Past:
         num_tokens = positions.shape[1]
         self.is_causal = cache is None or visible == num_tokens
         self.lengths = self.mask = None
-        if not self.is_causal and num_tokens <= self.MAX_DECODED:
+        if not self.is_causal and num_tokens <= MAX_DECODE_TOKENS:
             self.lengths = positions[:, -1] + 1  # slot s holds position s
         elif not self.is_causal:
             slots = torch.arange(visible, device=positions.device)

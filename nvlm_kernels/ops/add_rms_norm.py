@@ -7,13 +7,11 @@ Bound: memory, 4 tensors each way (add, then norm: 5 forward). Numerics: the sum
 normed, as the published decoders store it; the rest is `rms_norm`, whose kernels these are.
 """
 
-import torch
-import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from nvlm_kernels._backend import use_triton
-from nvlm_kernels.ops.rms_norm import PARTIALS, bwd_kernel, check_norm, fwd_kernel, rms_norm_ref, tile
+from nvlm_kernels.ops.rms_norm import check_norm, launch_bwd, launch_fwd, rms_norm_ref
 
 
 def add_rms_norm_ref(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -23,31 +21,12 @@ def add_rms_norm_ref(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> t
 
 @triton_op("nvlm::add_rms_norm", mutates_args=())
 def _fwd(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total, y = torch.empty_like(x), torch.empty_like(x)
-    if y.numel():
-        width = x.shape[-1]
-        rows = x.numel() // width
-        block, columns, warps = tile(width)
-        wrap_triton(fwd_kernel)[(triton.cdiv(rows, block),)](
-            x, branch, weight, total, y, rows, width, eps, ADD=True, ROWS=block, BLOCK_C=columns, num_warps=warps
-        )
-    return total, y
+    return launch_fwd(x, branch, weight, eps)
 
 
 @triton_op("nvlm::add_rms_norm_bwd", mutates_args=())
 def _bwd(total: Tensor, weight: Tensor, dy: Tensor, dtotal: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(total)
-    if not dx.numel():
-        return dx, torch.zeros_like(weight)
-    width = total.shape[-1]
-    rows = total.numel() // width
-    block, columns, warps = tile(width)
-    programs = min(triton.cdiv(rows, block), PARTIALS)
-    dweight = torch.empty(programs, width, dtype=torch.float32, device=total.device)
-    wrap_triton(bwd_kernel)[(programs,)](
-        total, weight, dy, dtotal, dx, dweight, rows, width, eps, ADD=True, ROWS=block, BLOCK_C=columns, num_warps=warps
-    )
-    return dx, dweight.sum(0).to(weight.dtype)
+    return launch_bwd(total, weight, dy, dtotal, eps)
 
 
 def _save(ctx, inputs, output):

@@ -106,21 +106,22 @@ def tile(width: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // 512, 1), 16)
 
 
-@triton_op("nvlm::rms_norm", mutates_args=())
-def _fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = torch.empty_like(x)
+def launch_fwd(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch and its norm, or x itself and its norm."""
+    total, y = x if branch is None else torch.empty_like(x), torch.empty_like(x)
     if y.numel():
         width = x.shape[-1]
         rows = x.numel() // width
         block, columns, warps = tile(width)
+        other, add = (x, False) if branch is None else (branch, True)
         wrap_triton(fwd_kernel)[(triton.cdiv(rows, block),)](
-            x, x, weight, x, y, rows, width, eps, ADD=False, ROWS=block, BLOCK_C=columns, num_warps=warps
+            x, other, weight, total, y, rows, width, eps, ADD=add, ROWS=block, BLOCK_C=columns, num_warps=warps
         )
-    return y
+    return total, y
 
 
-@triton_op("nvlm::rms_norm_bwd", mutates_args=())
-def _bwd(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def launch_bwd(x: Tensor, weight: Tensor, dy: Tensor, skip: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """dx, with skip added where there is one, and dweight."""
     dx = torch.empty_like(x)
     if not dx.numel():
         return dx, torch.zeros_like(weight)
@@ -129,10 +130,21 @@ def _bwd(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Ten
     block, columns, warps = tile(width)
     programs = min(triton.cdiv(rows, block), PARTIALS)
     dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    other, add = (dy, False) if skip is None else (skip, True)
     wrap_triton(bwd_kernel)[(programs,)](
-        x, weight, dy, dy, dx, dweight, rows, width, eps, ADD=False, ROWS=block, BLOCK_C=columns, num_warps=warps
+        x, weight, dy, other, dx, dweight, rows, width, eps, ADD=add, ROWS=block, BLOCK_C=columns, num_warps=warps
     )
     return dx, dweight.sum(0).to(weight.dtype)
+
+
+@triton_op("nvlm::rms_norm", mutates_args=())
+def _fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return launch_fwd(x, None, weight, eps)[1]
+
+
+@triton_op("nvlm::rms_norm_bwd", mutates_args=())
+def _bwd(x: Tensor, weight: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return launch_bwd(x, weight, dy, None, eps)
 
 
 def _save(ctx, inputs, output):

@@ -21,7 +21,7 @@ def test_small_rows(eps, dtype, device):
 
 def test_programs_of_several_blocks(dtype, device, monkeypatch):
     """Backward: 5 blocks of 16 rows in 2 programs, the last block not full."""
-    monkeypatch.setattr("nvlm_kernels.ops.add_rms_norm.PARTIALS", 2)
+    monkeypatch.setattr("nvlm_kernels.ops.rms_norm.PARTIALS", 2)
     x, branch = torch.randn(2, 70, 192, dtype=dtype, device=device)
     check_op(add_rms_norm, add_rms_norm_ref, x, branch, torch.randn(192, dtype=dtype, device=device), EPS)
 

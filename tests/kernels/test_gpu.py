@@ -10,8 +10,8 @@ pytestmark = pytest.mark.gpu
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-def build(case, dtype=torch.bfloat16):
-    return case.build(dtype, "cuda", **case.small)
+def build(case):
+    return case.build(torch.bfloat16, "cuda", **case.small)
 
 
 def results(fn, call) -> list[torch.Tensor]:
