@@ -53,7 +53,7 @@ class Past:
         self.is_causal = cache is None or visible == num_tokens
         self.lengths = self.mask = None
         if not self.is_causal and num_tokens <= MAX_DECODE_TOKENS:
-            self.lengths = positions[:, -1] + 1  # slot s holds position s
+            self.lengths = (positions[:, -1] + 1).clamp(max=visible)  # slot s holds position s; rows at rest see all
         elif not self.is_causal:
             slots = torch.arange(visible, device=positions.device)
             self.mask = (slots <= positions[..., None])[:, None]

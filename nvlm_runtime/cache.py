@@ -8,17 +8,25 @@ from torch import Tensor
 from nvlm_runtime.config import TextConfig
 
 
+@dataclass(frozen=True)
 class KVCache:
     """Preallocated self-attention keys and values. k, v: [layers, B, S, Hkv, D]; slot s of a row holds position s."""
 
-    def __init__(self, config: TextConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def allocate(config: TextConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        return KVCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
     @property
     def capacity(self) -> int:
         return self.k.shape[2]
+
+    def rows(self, start: int, end: int) -> "KVCache":
+        """Views of the requests from `start` to `end`."""
+        return KVCache(self.k[:, start:end], self.v[:, start:end])
 
 
 @dataclass(frozen=True)

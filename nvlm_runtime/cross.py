@@ -18,10 +18,10 @@ from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.vision import RMSNorm
 
 
-def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """[length, width] fp32: sines, then cosines, of the index at wavelengths from 2 pi to 2,000 pi."""
+def sinusoids(start: int, length: int, width: int, device: torch.device) -> Tensor:
+    """[length, width] fp32: sines, then cosines, of the index from `start` at wavelengths from 2 pi to 2,000 pi."""
     freqs = 1000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = torch.arange(length, device=device)[:, None] * freqs
+    angles = torch.arange(start, start + length, device=device)[:, None] * freqs
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -52,10 +52,13 @@ class GatedCrossAttention(nn.Module):
             self.fc1 = nn.Linear(size, 4 * size, bias=False)
             self.fc2 = nn.Linear(4 * size, size, bias=False)
 
-    def keys_values(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """embeds: [B, S, C] image tokens (NVLM-H: tags beside them). Returns k, v: [B, S, Hkv, D]."""
+    def keys_values(self, embeds: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """embeds: [B, S, C] image tokens (NVLM-H: tags beside them); start: the first one's place among all images'.
+
+        Returns k, v: [B, S, Hkv, D].
+        """
         if self.positions == "sinusoidal":
-            embeds = embeds + sinusoids(embeds.shape[1], embeds.shape[2], embeds.device).to(embeds.dtype)
+            embeds = embeds + sinusoids(start, *embeds.shape[1:], embeds.device).to(embeds.dtype)
         heads = (-1, self.head_dim)
         return self.k_proj(embeds).unflatten(-1, heads), self.v_proj(embeds).unflatten(-1, heads)
 

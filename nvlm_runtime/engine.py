@@ -1,11 +1,13 @@
 """The engine: a prompt and pictures to text, one request or a batch, whole or streamed.
 
 The prefix and the images are computed once; a step costs one token through the decoder, whatever was generated
-before it, but for attention itself. Rows of a batch are padded on the right, so slot s of the cache is position s.
+before it, but for attention itself.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,22 @@ import torch
 from torch import Tensor
 
 from nvlm_runtime.attention import Attention, check_attention
-from nvlm_runtime.cache import KVCache
-from nvlm_runtime.decoder import CrossView
-from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
-from nvlm_runtime.layout import make_layout
+from nvlm_runtime.batch import Batch
+from nvlm_runtime.encoder import ImageEncoder
+from nvlm_runtime.handle import ImageCache, ImageHandle, picture_key
+from nvlm_runtime.image import TilePlan, open_image, plan_tiles, tile_pixels
+from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
-from nvlm_runtime.request import Output, Prepared, Row, check_ids
-from nvlm_runtime.sampling import GenerationParams, Sampler
+from nvlm_runtime.request import STAGES, Output, Picture, Prepared, Row, check_ids
+from nvlm_runtime.sampling import GenerationParams
+from nvlm_runtime.slots import Slots
+from nvlm_runtime.stages import Stages
 from nvlm_runtime.tokenizer import TextStream, Tokenizer
 from nvlm_runtime.weights import DTYPES, load, read_json
 
+ROUNDING = 256  # slots: requests of nearly the same length share their buffers
 BUNDLED = Path(__file__).parent / "models"
 
 
@@ -51,43 +57,62 @@ def check_device(device: torch.device | str) -> None:
 
 
 class Stream:
-    """Pieces of an answer as they become certain; `output` is the whole answer so far, final when it is exhausted."""
+    """Pieces of an answer as they become certain; `output` is the whole answer so far, final when it is exhausted.
 
-    def __init__(self, pieces: Iterator[list[str]], row: Row, timings: dict[str, float]):
-        self._pieces, self._row, self._timings = pieces, row, timings
+    Left early, by `close` or by being forgotten, it frees its row; the text so far stays.
+    """
+
+    def __init__(self, pieces: Iterator[str], row: Row):
+        self._pieces, self._row = pieces, row
 
     def __iter__(self) -> Iterator[str]:
-        for (piece,) in self._pieces:
+        for piece in self._pieces:
             if piece:
                 yield piece
 
+    def close(self) -> None:
+        self._pieces.close()
+
     @property
     def output(self) -> Output:
-        return _output(self._row, self._timings)
-
-
-def _output(row: Row, timings: dict[str, float]) -> Output:
-    times = {**row.prepared.timings, **timings}
-    times["total"] = sum(times.values())
-    return Output(
-        text=row.text[: row.num_shown],
-        token_ids=list(row.token_ids),
-        finish_reason=row.finish_reason,
-        timings=times,
-        num_prompt_tokens=len(row.prepared.input_ids),
-        plans=row.prepared.plans,
-    )
+        return self._row.output
 
 
 class NVLM:
-    """A loaded model: `load`, then `generate`, `stream`, `generate_batch`, `logits`."""
+    """A loaded model: `load`, then `generate`, `stream`, `generate_batch`, `encode_image`, `logits`.
 
-    def __init__(self, model: NVLMModel, tokenizer: Tokenizer):
+    chunk: prompt tokens read at a time. image_cache_bytes: of handles of the pictures seen last. reuse: a prompt that
+    begins as the last one did, text and images, starts from its keys and values. deterministic: an answer's bits do not
+    depend on what else runs or ran, at the price of batching and of reuse.
+    """
+
+    def __init__(
+        self,
+        model: NVLMModel,
+        tokenizer: Tokenizer,
+        *,
+        chunk: int = 512,
+        image_cache_bytes: int = 256 * 2**20,
+        reuse: bool = True,
+        deterministic: bool = False,
+    ):
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+        if image_cache_bytes < 0:
+            raise ValueError(f"image_cache_bytes must be at least 0, got {image_cache_bytes}")
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        self.chunk = chunk
+        self.reuse = reuse and not deterministic
+        self.stages = Stages(model, deterministic)
+        self.encoder = ImageEncoder(self.stages, ImageCache(image_cache_bytes))
+        self._threads = ThreadPoolExecutor(2, "nvlm-image")
+        self._lock = threading.Lock()
+        self._idle: Batch | None = None  # the buffers of the last single request
+        self._idle_version = 0
 
     @classmethod
     def load(
@@ -96,12 +121,14 @@ class NVLM:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         attention: Attention = "sdpa",
+        **options: Any,
     ) -> "NVLM":
         """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder.
 
         dtype: None is config.json's torch_dtype. attention: what prompts' self-attention goes through, torch's own or
-        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. Raises FileNotFoundError or
-        ValueError as `weights.load` does, and ValueError where flash-attn is asked for and cannot run.
+        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. options: as of NVLM. Raises
+        FileNotFoundError or ValueError as `weights.load` does, and ValueError where flash-attn is asked for and cannot
+        run.
         """
         if dtype is not None and dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
@@ -119,7 +146,7 @@ class NVLM:
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
                 f"{model.config.text.vocab_size} rows"
             )
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, **options)
 
     def prepare(
         self,
@@ -143,15 +170,11 @@ class NVLM:
             raise ValueError(f"the prompt must be a string, got {type(prompt).__name__}")
         if prompt is not None and not prompt.strip():
             raise ValueError("the prompt is empty")
-        config, vision = self.config, self.config.vision
+        config = self.config
         start = time.perf_counter()
-        pictures = [open_image(source) for source in images]
-        opened = time.perf_counter()
-        plans = tuple(
-            plan_tiles(*picture.size, vision.image_size, config.min_tiles, config.max_tiles) for picture in pictures
-        )
-        pixel_values = tuple(tile_pixels(picture, plan) for picture, plan in zip(pictures, plans, strict=True))
-        tiled = time.perf_counter()
+        pictures = tuple(self._threads.map(self._picture, images))
+        opened = time.perf_counter() - start
+        plans = [picture.plan for picture in pictures]
         if input_ids is None:
             messages = [{"role": "user", "content": prompt}] if messages is None else messages
             built = build_prompt(self.tokenizer, config, messages, plans, style=style)
@@ -163,7 +186,41 @@ class NVLM:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context of this model {config.text.context}")
         tags = [tag_ids(self.tokenizer, plan, config) for plan in plans]
         layout = make_layout(config, len(ids), blocks, plans, tags)
-        return Prepared(ids, layout, plans, pixel_values, {"open": opened - start, "tile": tiled - opened})
+        return Prepared(ids, layout, pictures, {"queue": 0.0, "open": opened})
+
+    def _picture(self, source: Any) -> Picture:
+        """Opens and names a picture; its tiles are cut in a thread, unless its handle is there already."""
+        if isinstance(source, ImageHandle):
+            if source.fingerprint != self.encoder.fingerprint:
+                raise ValueError("the image handle was made by other weights than this model's")
+            return Picture(source.plan, source.key, None, source)
+        picture = open_image(source)
+        plan = plan_tiles(*picture.size, self.config.vision.image_size, self.config.min_tiles, self.config.max_tiles)
+        key = picture_key(picture.tobytes(), plan)
+        handle = self.encoder.cached(key)
+        if handle is not None:
+            return Picture(plan, key, lambda: tile_pixels(picture, plan), handle)
+        return Picture(plan, key, self._threads.submit(tile_pixels, picture, plan).result)
+
+    def encode_image(self, source: Any) -> ImageHandle:
+        """What the decoder needs of a picture, to be given to any prompt in the picture's place."""
+        picture = self._picture(source)
+        return self.encoder.handle(picture, self._lone_layout(picture.plan), dict.fromkeys(STAGES, 0.0))
+
+    def handle_from_embeds(self, image_embeds: Tensor, width: int, height: int) -> ImageHandle:
+        """A handle of image tokens [N, P, C] computed elsewhere, thumbnail last, of a picture of width x height pixels.
+
+        Raises ValueError where the tokens are not those of such a picture's tiles.
+        """
+        config = self.config
+        plan = plan_tiles(width, height, config.vision.image_size, config.min_tiles, config.max_tiles)
+        return self.encoder.from_embeds(image_embeds, plan, self._lone_layout(plan))
+
+    def _lone_layout(self, plan: TilePlan) -> ImageLayout:
+        """A picture as the only one of a prompt."""
+        built = build_prompt(self.tokenizer, self.config, [{"role": "user", "content": "<image>"}], [plan])
+        tags = [tag_ids(self.tokenizer, plan, self.config)]
+        return make_layout(self.config, len(built.input_ids), built.blocks, [plan], tags).images[0]
 
     def generate(
         self,
@@ -197,99 +254,81 @@ class NVLM:
 
     def complete(self, prepared: Prepared, params: GenerationParams | None = None) -> Stream:
         """Decodes one prepared request, greedily if params is None. The context's end ends it too ("length")."""
-        row, timings = self._row(prepared, params or GenerationParams()), {}
-        return Stream(self._run([row], timings), row, timings)
+        row = self.row(prepared, params or GenerationParams())
+        return Stream(self._alone(row), row)
 
     def generate_batch(self, requests: Sequence[Prepared], params: GenerationParams | None = None) -> list[Output]:
         """Answers to prepared requests in one batch, whatever images each has; each as it would be alone.
 
-        Timings are the batch's.
+        Raises ValueError where their caches do not fit into memory, before anything is computed.
         """
-        rows = [self._row(prepared, params or GenerationParams()) for prepared in requests]
-        timings: dict[str, float] = {}
-        for _ in self._run(rows, timings) if rows else ():
-            pass
-        return [_output(row, timings) for row in rows]
+        rows = [self.row(prepared, params or GenerationParams()) for prepared in requests]
+        if not rows:
+            return []
+        batch = self.batch(
+            len(rows),
+            max(row.num_slots for row in rows),
+            max(row.prepared.layout.cross_length for row in rows),
+        )
+        for row in rows:
+            batch.admit(row)
+        while not batch.is_idle:
+            for row, _ in batch.advance():
+                if row.error is not None:
+                    raise row.error
+        return [row.output for row in rows]
+
+    def batch(self, num_rows: int, capacity: int, cross_capacity: int) -> Batch:
+        """Buffers for `num_rows` rows of `capacity` tokens and `cross_capacity` image keys each."""
+        slots = Slots.allocate(
+            self.config, num_rows, capacity, cross_capacity, self.tokenizer.vocab_size, self.device, self.dtype
+        )
+        return Batch(self.stages, slots, self.encoder, self.chunk, self.reuse)
+
+    def _alone(self, row: Row) -> Iterator[str]:
+        """A row in a batch of its own: the buffers of the last one, if they are free and long enough."""
+        with self._lock:
+            batch, self._idle = self._idle, None
+            if batch is not None and self._idle_version != self.model.version:
+                batch.forget()
+        if batch is None or not batch.fits(row):
+            capacity = -(-row.num_slots // ROUNDING) * ROUNDING
+            cross_capacity = -(-row.prepared.layout.cross_length // ROUNDING) * ROUNDING
+            batch = self.batch(1, min(capacity, self.config.text.context), cross_capacity)
+        batch.admit(row)
+        try:
+            while not row.done:
+                for _, piece in batch.advance():
+                    yield piece
+            if row.error is not None:
+                raise row.error
+        finally:
+            batch.cancel(row)
+            with self._lock:
+                self._idle, self._idle_version = batch, self.model.version
 
     @torch.inference_mode()
     def logits(self, input_ids: Sequence[int], images: Sequence[Any] = ()) -> Tensor:
         """[T, vocab] of one full forward over exact ids, without a cache."""
         prepared = self.prepare(input_ids=input_ids, images=images)
-        features = self._encode(prepared)
+        timings = dict.fromkeys(STAGES, 0.0)
+        pairs = zip(prepared.pictures, prepared.layout.images, strict=True)
+        tokens = [self.encoder.handle(picture, image, timings).tokens for picture, image in pairs]
         ids = torch.tensor([prepared.input_ids], device=self.device)
-        hidden = self.model(ids, [prepared.layout], [features])
+        x = self.model.embed(ids, [prepared.layout], [tokens])
+        view = self.model.cross_view(ids.shape[1], [prepared.layout], [tokens])
+        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        hidden = self.model.language_model.prefill(x, positions, None, view)
         return self.model.language_model.logits(hidden[0])
 
-    def _row(self, prepared: Prepared, params: GenerationParams) -> Row:
+    def row(self, prepared: Prepared, params: GenerationParams) -> Row:
+        """A request ready for a batch."""
         # the last token drawn is never fed back, so it needs no position
         room = self.config.text.context - len(prepared.input_ids) + 1
         return Row(
             prepared=prepared,
-            sampler=Sampler(params, self.tokenizer.vocab_size, list(prepared.input_ids), self.device),
+            params=params,
             stream=TextStream(self.tokenizer),
             eos_id=None if params.ignore_eos else self.tokenizer.eos_id,
-            stop=params.stop,
             limit=min(params.max_new_tokens, room),
         )
-
-    def _encode(self, prepared: Prepared) -> Tensor:
-        """Features of all tiles of a request, [N, patches, vision hidden_size], one image at a time."""
-        vision = self.config.vision
-        empty = torch.zeros(0, vision.num_patches, vision.hidden_size, device=self.device, dtype=self.dtype)
-        images = [self.model.encode(pixels.to(self.device, self.dtype)) for pixels in prepared.pixel_values]
-        return torch.cat([empty, *images])
-
-    def _run(self, rows: list[Row], timings: dict[str, float]) -> Iterator[list[str]]:
-        """Decodes the rows together; yields each row's new text, a step at a time."""
-        with torch.inference_mode():
-            started = time.perf_counter()
-            features = [self._encode(row.prepared) for row in rows]
-            timings["encode"] = time.perf_counter() - started
-            logits, cache, view = self._prefill(rows, features)
-            if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: its weights or their dtype are wrong")
-            timings["prefill"] = time.perf_counter() - started - timings["encode"]
-        timings["decode"] = 0.0
-        while True:
-            started = time.perf_counter()
-            pieces = [
-                "" if row.finish_reason else row.accept(row.sampler.draw(logits[i])) for i, row in enumerate(rows)
-            ]
-            done = all(row.finish_reason for row in rows)
-            if not done:
-                with torch.inference_mode():
-                    logits = self._step(rows, cache, view)
-            timings["decode"] += time.perf_counter() - started
-            yield pieces
-            if done:
-                return
-
-    def _prefill(self, rows: list[Row], features: list[Tensor]) -> tuple[Tensor, KVCache, CrossView | None]:
-        """Logits after every row's prompt [B, V], the cache they filled, and the images' keys and values."""
-        prompts = [torch.tensor(row.prepared.input_ids, device=self.device) for row in rows]
-        layouts = [row.prepared.layout for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        capacity = max(len(row.prepared.input_ids) + row.limit - 1 for row in rows)
-        cache = KVCache(self.config.text, len(rows), max(capacity, ids.shape[1]), self.device, self.dtype)
-        image_tokens = [self.model.project(tiles) for tiles in features]
-        x = self.model.embed(ids, layouts, image_tokens)
-        view = self.model.cross_view(ids.shape[1], layouts, image_tokens)
-        positions = torch.arange(ids.shape[1], device=self.device).expand(len(rows), -1)
-        hidden = self.model.language_model.prefill(x, positions, cache, view)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        logits = self.model.language_model.logits(hidden[torch.arange(len(rows), device=self.device), last])
-        if view is not None:
-            after = torch.tensor([[layout.after] for layout in layouts], device=self.device)
-            view = CrossView(view.kv, after)
-        return logits, cache, view
-
-    def _step(self, rows: list[Row], cache: KVCache, view: CrossView | None) -> Tensor:
-        """Feeds every row's last token; logits [B, V]. A finished row repeats its last step, which nobody reads."""
-        decoder = self.model.language_model
-        last = [row.token_ids[-1] if row.token_ids else self.tokenizer.eos_id for row in rows]
-        ids = torch.tensor(last, device=self.device)[:, None]
-        lengths = [len(row.prepared.input_ids) + max(len(row.token_ids), 1) for row in rows]
-        positions = torch.tensor(lengths, device=self.device)[:, None] - 1
-        positions = positions.clamp(max=cache.capacity - 1)
-        hidden = decoder.decode(decoder.embed_tokens(ids), positions, cache, min(max(lengths), cache.capacity), view)
-        return decoder.logits(hidden[:, 0])

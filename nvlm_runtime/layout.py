@@ -19,23 +19,53 @@ from nvlm_runtime.prompt import ImageBlock
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One prompt's image tokens. Tiles are numbered over all its images, in order, thumbnails last in their image.
+class ImageLayout:
+    """One image of a prompt. Its tiles are numbered from 0, the thumbnail last.
 
-    slots: decoder positions that hold image tokens, in the order of `slot_tiles`' tokens.
-    cross: what the image keys are made of, in order: tag token ids (a tuple) or a tile's number.
-    intervals: int64 [T, 2], what each row sees; `after` is what a token generated later sees.
+    span: [start, end) of its tags and slots among the decoder's positions.
+    slots: decoder positions that hold image tokens, in the order of the tokens of `slot_tiles`.
+    cross: what its image keys are made of, in order: tag token ids (a tuple) or a tile's number.
+    keys: [start, end) of them among the keys of all images.
     """
 
+    num_tiles: int
+    span: tuple[int, int]
     slots: tuple[int, ...]
     slot_tiles: tuple[int, ...]
     cross: tuple[tuple[int, ...] | int, ...]
-    cross_length: int
+    keys: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One prompt's images, in order. intervals: int64 [T, 2], what each row sees of the image keys."""
+
+    images: tuple[ImageLayout, ...]
     intervals: Tensor
 
     @property
+    def cross_length(self) -> int:
+        return self.images[-1].keys[1] if self.images else 0
+
+    @property
     def after(self) -> tuple[int, int]:
+        """What a token generated later sees."""
         return 0, self.cross_length
+
+
+def cross_pieces(
+    config: NVLMConfig, num_tiles: int, tags: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...] | int, ...]:
+    """What the image keys of one image are made of, as in `ImageLayout.cross`."""
+    routing, pieces = config.routing, []
+    for tile in range(num_tiles):
+        is_thumbnail = tile == num_tiles - 1
+        if routing.cross == "none" or (routing.cross == "regular" and is_thumbnail):
+            continue
+        if routing.tags == "cross" and tags[tile]:
+            pieces.append(tuple(tags[tile]))
+        pieces.append(tile)
+    return tuple(pieces)
 
 
 def make_layout(
@@ -46,26 +76,26 @@ def make_layout(
     tags: Sequence[Sequence[Sequence[int]]],
 ) -> Layout:
     """length: prompt tokens; blocks, plans: one an image; tags: token ids of every tile's tag, an image."""
-    routing = config.routing
-    slots, slot_tiles, cross, tag_spans, image_ends = [], [], [], [], []
-    first, end = 0, 0  # the image's first tile, and the image keys so far
+    images, tag_spans, image_ends = [], [], []
+    end = 0  # of the image keys so far
     for block, plan, tile_tags in zip(blocks, plans, tags, strict=True):
-        for index, span in enumerate(block.tiles):
-            slots.extend(range(*span.slots))
-            if span.slots[1] > span.slots[0]:
-                slot_tiles.append(first + index)
-            is_thumbnail = index == plan.num_tiles - 1
-            if routing.cross == "none" or (routing.cross == "regular" and is_thumbnail):
-                continue
-            if routing.tags == "cross" and tile_tags[index]:
-                cross.append(tuple(tile_tags[index]))
-                end += len(tile_tags[index])
-            cross.append(first + index)
-            if routing.tags == "decoder":
-                tag_spans.append((*span.tag, end, end + config.tokens_per_tile))
-            end += config.tokens_per_tile
+        start = end
+        cross = cross_pieces(config, plan.num_tiles, tile_tags)
+        for piece in cross:
+            first, end = end, end + (config.tokens_per_tile if isinstance(piece, int) else len(piece))
+            if config.routing.tags == "decoder" and isinstance(piece, int):
+                tag_spans.append((*block.tiles[piece].tag, first, end))
+        with_slots = [tile for tile, span in enumerate(block.tiles) if span.slots[1] > span.slots[0]]
+        images.append(
+            ImageLayout(
+                num_tiles=plan.num_tiles,
+                span=(block.start, block.end),
+                slots=tuple(slot for tile in with_slots for slot in range(*block.tiles[tile].slots)),
+                slot_tiles=tuple(with_slots),
+                cross=cross,
+                keys=(start, end),
+            )
+        )
         image_ends.append((block.end, end))
-        first += plan.num_tiles
     spans = (torch.tensor(s, dtype=torch.int64).view(1, -1, w) for s, w in ((tag_spans, 4), (image_ends, 2)))
-    intervals = tile_mask(*spans, length)[0]
-    return Layout(tuple(slots), tuple(slot_tiles), tuple(cross), end, intervals)
+    return Layout(tuple(images), tile_mask(*spans, length)[0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nvlm_kernels import pixel_shuffle_project
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.decoder import CrossView, Decoder
-from nvlm_runtime.layout import Layout
+from nvlm_runtime.layout import ImageLayout, Layout
 from nvlm_runtime.vision import InternViT
 
 
@@ -38,6 +38,11 @@ class NVLMModel(nn.Module):
         self.mlp1 = projector(config)
         self.language_model = Decoder(config.text, config.cross)
 
+    @property
+    def version(self) -> int:
+        """Grows when a weight is changed in place, as an optimizer does: what was computed before is then stale."""
+        return sum(tensor._version for tensor in (*self.parameters(), *self.buffers()))
+
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size], one a patch, before shuffle and projector."""
         return self.vision_model(pixel_values)
@@ -56,35 +61,42 @@ class NVLMModel(nn.Module):
         )
         return rest[-1](x) if rest else x
 
-    def embed(self, input_ids: Tensor, layouts: Sequence[Layout], image_tokens: Sequence[Tensor]) -> Tensor:
-        """input_ids [B, T], padded on the right; image_tokens: [N, P, C] a row. Returns [B, T, C]."""
+    def embed(self, input_ids: Tensor, layouts: Sequence[Layout], image_tokens: Sequence[Sequence[Tensor]]) -> Tensor:
+        """input_ids [B, T], padded on the right; image_tokens: [N, P, C] an image, a row. Returns [B, T, C]."""
         x = self.language_model.embed_tokens(input_ids)
-        rows = [row for row, layout in enumerate(layouts) for _ in layout.slots]
+        rows, positions, tokens = [], [], []
+        for row, (layout, images) in enumerate(zip(layouts, image_tokens, strict=True)):
+            for image, tiles in zip(layout.images, images, strict=True):
+                rows += [row] * len(image.slots)
+                positions += image.slots
+                tokens.append(tiles[list(image.slot_tiles)].flatten(0, 1))
         if not rows:
             return x
-        positions = [slot for layout in layouts for slot in layout.slots]
-        tokens = [
-            tiles[list(layout.slot_tiles)].flatten(0, 1)
-            for layout, tiles in zip(layouts, image_tokens, strict=True)
-            if layout.slots
-        ]
         where = (torch.tensor(rows, device=x.device), torch.tensor(positions, device=x.device))
         return x.index_put(where, torch.cat(tokens).to(x.dtype))
 
-    def cross_view(self, length: int, layouts: Sequence[Layout], image_tokens: Sequence[Tensor]) -> CrossView | None:
+    def key_embeds(self, image: ImageLayout, tiles: Tensor) -> Tensor:
+        """The inputs [S, C] of an image's keys and values: tiles [N, P, C] and, in NVLM-H, their tags' embeddings."""
+        pieces = [tiles.new_zeros(0, self.config.text.hidden_size)]
+        for piece in image.cross:
+            if isinstance(piece, int):
+                pieces.append(tiles[piece])
+            else:
+                pieces.append(self.language_model.embed_tokens(torch.tensor(piece, device=tiles.device)))
+        return torch.cat(pieces)
+
+    def cross_view(
+        self, length: int, layouts: Sequence[Layout], image_tokens: Sequence[Sequence[Tensor]]
+    ) -> CrossView | None:
         """Image keys, values and intervals [B, T, 2] of a batch, or None where no row has an image to see."""
         if not any(layout.cross_length for layout in layouts):
             return None
-        rows = []
-        for layout, tiles in zip(layouts, image_tokens, strict=True):
-            pieces = [tiles.new_zeros(0, self.config.text.hidden_size)]
-            for piece in layout.cross:
-                if isinstance(piece, int):
-                    pieces.append(tiles[piece])
-                else:
-                    ids = torch.tensor(piece, device=tiles.device)
-                    pieces.append(self.language_model.embed_tokens(ids))
-            rows.append(torch.cat(pieces))
+        width = self.config.text.hidden_size
+        weight = self.language_model.embed_tokens.weight
+        rows = [
+            torch.cat([weight.new_zeros(0, width), *map(self.key_embeds, layout.images, images)])
+            for layout, images in zip(layouts, image_tokens, strict=True)
+        ]
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, S, C]; nothing sees the padding
         intervals = embeds.new_zeros(len(rows), length, 2, dtype=torch.int64)
         for row, layout in enumerate(layouts):
@@ -92,8 +104,14 @@ class NVLMModel(nn.Module):
         return CrossView(self.language_model.cross_kv(embeds), intervals)
 
     def forward(self, input_ids: Tensor, layouts: Sequence[Layout], features: Sequence[Tensor]) -> Tensor:
-        """Whole sequences without a cache: input_ids [B, T], a layout and tile features a row. Returns [B, T, C]."""
-        image_tokens = [self.project(tiles) for tiles in features]
+        """Whole sequences without a cache: input_ids [B, T], a layout and the features of its tiles [N, 4P, C] a row.
+
+        Returns [B, T, C].
+        """
+        image_tokens = [
+            self.project(tiles).split([image.num_tiles for image in layout.images])
+            for layout, tiles in zip(layouts, features, strict=True)
+        ]
         x = self.embed(input_ids, layouts, image_tokens)
         view = self.cross_view(input_ids.shape[1], layouts, image_tokens)
         positions = torch.arange(input_ids.shape[1], device=x.device).expand(len(x), -1)

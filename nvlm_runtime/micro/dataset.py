@@ -107,7 +107,8 @@ def shuffle_keys(config: NVLMConfig, layout: Layout, rng: random.Random) -> Layo
 
     The place of a key then says nothing of its tile, so a decoder learns to ask the tags. Others are left as they are.
     """
-    size, num = config.tokens_per_tile, len(layout.cross)
+    (image,) = layout.images
+    size, num = config.tokens_per_tile, len(image.cross)
     if config.routing.tags != "decoder" or num < 2:
         return layout
     order = rng.sample(range(num), num)
@@ -116,7 +117,7 @@ def shuffle_keys(config: NVLMConfig, layout: Layout, rng: random.Random) -> Layo
     tagged = end - start == size
     start = torch.where(tagged, place[start // size % num], start)
     intervals = torch.stack([start, torch.where(tagged, start + size, end)], dim=-1)
-    return replace(layout, cross=tuple(layout.cross[tile] for tile in order), intervals=intervals)
+    return Layout((replace(image, cross=tuple(image.cross[tile] for tile in order)),), intervals)
 
 
 def _choose(rng: random.Random, document: Document, limit: int) -> list[Question]:

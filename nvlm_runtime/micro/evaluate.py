@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from nvlm_runtime.engine import NVLM
+from nvlm_runtime.handle import picture_key
 from nvlm_runtime.micro.document import GRIDS, draw, make_document
 from nvlm_runtime.micro.questions import questions
-from nvlm_runtime.request import Prepared
+from nvlm_runtime.request import Picture, Prepared
 from nvlm_runtime.sampling import GenerationParams
 
 BATCH = 25
@@ -39,10 +40,13 @@ def open_tag_mask(prepared: Prepared) -> Prepared:
 
 def _blank(prepared: Prepared) -> Prepared:
     """Regular tiles without a picture on them; the thumbnail is kept."""
-    pixels = [tiles.clone() for tiles in prepared.pixel_values]
-    for tiles in pixels:
+    pictures = []
+    for picture in prepared.pictures:
+        tiles = picture.pixel_values.clone()
         tiles[:-1] = 0
-    return replace(prepared, pixel_values=tuple(pixels))
+        key = picture_key(tiles.numpy().tobytes(), picture.plan)
+        pictures.append(Picture(picture.plan, key, lambda tiles=tiles: tiles))
+    return replace(prepared, pictures=tuple(pictures))
 
 
 def evaluate(

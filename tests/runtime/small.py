@@ -1,6 +1,7 @@
 """Small random models, one a variant, shaped like the real ones: odd head counts, GQA, QKV bias."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -8,6 +9,7 @@ from nvlm_runtime.config import CrossConfig, NVLMConfig, TextConfig, VisionConfi
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.tokenizer import Tokenizer
 
 VISION = VisionConfig(
     hidden_size=40,
@@ -61,8 +63,14 @@ def small_model(variant: str, **cross: str) -> NVLMModel:
     return randomise(NVLMModel(config))
 
 
-def small_engine(variant: str, **cross: str) -> NVLM:
-    """Never draws an image slot, which a random model else would: its logit is 0."""
-    model, tokenizer = small_model(variant, **cross), make_tokenizer(512)
+@cache
+def micro_tokenizer() -> Tokenizer:
+    return make_tokenizer(512)
+
+
+def small_engine(variant: str, *, positions: str | None = None, **options) -> NVLM:
+    """Never draws an image slot, which a random model else would: its logit is 0. options: as of NVLM."""
+    model = small_model(variant, **({"positions": positions} if positions else {}))
+    tokenizer = micro_tokenizer()
     model.language_model.lm_head.weight.data[tokenizer.special("<|vision_pad|>")] = 0
-    return NVLM(model, tokenizer)
+    return NVLM(model, tokenizer, **options)

@@ -42,7 +42,7 @@ def test_behind_a_cache_is_the_end_of_the_whole(length):
     heads = TEXT.num_attention_heads + 2 * TEXT.num_key_value_heads
     qkv = torch.randn(2, 20, heads * TEXT.head_dim)
     angles = torch.randn(2, 2, 20, TEXT.head_dim).unbind()
-    cache = KVCache(TEXT, 2, 24, torch.device("cpu"), torch.float32)
+    cache = KVCache.allocate(TEXT, 2, 24, torch.device("cpu"), torch.float32)
     for first, end in ((0, 20 - length), (20 - length, 20)):
         past = Past(cache, torch.arange(first, end).expand(2, -1), end, "flash" if first else "sdpa")
         part = (angle[:, first:end] for angle in angles)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.request import Row
-from nvlm_runtime.sampling import GenerationParams, Sampler
+from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.tokenizer import TextStream
 from tests.runtime.small import small_engine
 
@@ -15,22 +15,15 @@ IMAGE = Image.new("RGB", (96, 64), (200, 30, 60))
 VARIANTS = ("d", "x", "h")
 
 
-class Script:
-    """A sampler that draws what it was told to."""
-
-    def __init__(self, ids):
-        self.ids = list(ids)
-
-    def draw(self, logits):
-        return self.ids.pop(0)
-
-
-def play(engine, ids, **options):
+def play(engine, ids, eos_id=-1, limit=None, **params):
     """Pieces and the row of a request whose draws are these ids."""
-    prepared = engine.prepare("Hello?")
-    options = {"eos_id": engine.tokenizer.eos_id, "stop": (), "limit": len(ids)} | options
-    row = Row(prepared, Script(ids), TextStream(engine.tokenizer), **options)
-    return [piece for (piece,) in engine._run([row], {})], row
+    eos_id = engine.tokenizer.eos_id if eos_id == -1 else eos_id
+    params = GenerationParams(**params)
+    row = Row(engine.prepare("Hello?"), params, TextStream(engine.tokenizer), eos_id, limit or len(ids))
+    pieces = []
+    while not row.done:
+        pieces.append(row.accept(ids[len(pieces)]))
+    return pieces, row
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +39,8 @@ def test_stream_is_generate(variant):
     assert "".join(stream) == out.text == stream.output.text
     assert stream.output.token_ids == out.token_ids
     assert out.finish_reason == "length" and len(out.token_ids) == 20
-    assert {"open", "tile", "encode", "prefill", "decode", "total"} == out.timings.keys()
+    stages = {"queue", "open", "tile", "encode", "project", "prefill", "decode", "total"}
+    assert out.timings.keys() == stages
     assert out.timings["total"] == pytest.approx(sum(out.timings.values()) - out.timings["total"])
 
 
@@ -154,13 +148,6 @@ def test_refuses_devices_that_are_not_there(device):
         NVLM.load("micro-d", device=device)
 
 
-def test_padding_rows_of_the_embedding_are_never_drawn(engine):
-    sampler = Sampler(GenerationParams(temperature=5.0, seed=0), engine.tokenizer.vocab_size, [], torch.device("cpu"))
-    logits = torch.zeros(512)
-    logits[engine.tokenizer.vocab_size :] = 50.0
-    assert max(sampler.draw(logits) for _ in range(200)) < engine.tokenizer.vocab_size
-
-
 def pads(count):
     return [3] * count
 
@@ -215,5 +202,5 @@ def test_conversation_goes_on(engine):
     first = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]}
     turns = [first, {"role": "assistant", "content": "A <image>"}, {"role": "user", "content": "And?"}]
     prepared = engine.prepare(messages=turns, images=[IMAGE])
-    assert len(prepared.layout.slots) == 28
+    assert len(prepared.layout.images[0].slots) == 28
     assert engine.tokenizer.decode(prepared.input_ids).endswith("A <image>user\nAnd?assistant\n")

@@ -108,10 +108,11 @@ def test_shuffled_keys_leave_every_tag_its_own_tile():
     sample = make_sample(config, tokenizer, document, questions(document)[:1], slice(0, 1))
     before, size = sample.layout, config.tokens_per_tile
     after = shuffle_keys(config, before, random.Random(1))
-    assert after.cross != before.cross and sorted(after.cross) == sorted(before.cross)
+    pieces, shuffled = before.images[0].cross, after.images[0].cross
+    assert shuffled != pieces and sorted(shuffled) == sorted(pieces)
     for old, new in zip(before.intervals.tolist(), after.intervals.tolist()):
         if old[1] - old[0] == size:
-            assert after.cross[new[0] // size] == before.cross[old[0] // size] and new[1] - new[0] == size
+            assert shuffled[new[0] // size] == pieces[old[0] // size] and new[1] - new[0] == size
         else:
             assert new == old
     assert any(old[1] - old[0] == size for old in before.intervals.tolist())

@@ -144,12 +144,13 @@ def test_h_puts_tags_beside_regular_tiles_and_the_thumbnail_into_the_decoder():
     prepared = model.prepare("What is it?", [picture((96, 64)), picture((32, 32))])
     layout, per_tile = prepared.layout, model.config.tokens_per_tile
     tags = [tuple(model.tokenizer.encode(f"<tile_{k}>")) for k in range(1, 7)]
-    assert layout.cross == tuple(piece for tile, tag in enumerate(tags) for piece in (tag, tile))
-    assert layout.slot_tiles == (6, 7), "both thumbnails, the one-tile picture's being its only tile"
-    assert len(layout.slots) == 2 * per_tile
+    large, small = layout.images
+    assert large.cross == tuple(piece for tile, tag in enumerate(tags) for piece in (tag, tile)) and small.cross == ()
+    assert large.slot_tiles == (6,) and small.slot_tiles == (0,), "a one-tile picture is its own thumbnail"
+    assert len(large.slots) == len(small.slots) == per_tile
     assert layout.cross_length == sum(map(len, tags)) + 6 * per_tile
     one = model.prepare("What is it?", [picture((32, 32))])
-    assert one.layout.cross == () and one.layout.cross_length == 0
+    assert one.layout.cross_length == 0
 
 
 def test_h_trains_the_tag_embeddings():
@@ -171,7 +172,7 @@ def test_image_keys_are_computed_once_an_image(variant, monkeypatch):
     layers = [model.model.language_model.layers[i].cross_attn for i in model.config.cross.layers]
     for layer in layers:
         original = layer.keys_values
-        monkeypatch.setattr(layer, "keys_values", lambda embeds, f=original: calls.append(embeds.shape) or f(embeds))
+        monkeypatch.setattr(layer, "keys_values", lambda *given, f=original: calls.append(given) or f(*given))
     towers = []
     original_encode = model.model.encode
     monkeypatch.setattr(model.model, "encode", lambda pixels: towers.append(len(pixels)) or original_encode(pixels))

@@ -82,7 +82,7 @@ def test_decoder(architecture, tied, scaling):
         want = theirs(ids).logits
         got = ours.logits(ours.prefill(ours.embed_tokens(ids), positions, None))
         assert (got - want).abs().max() < 1e-4
-        cache = KVCache(config, 2, 100, torch.device("cpu"), torch.float32)
+        cache = KVCache.allocate(config, 2, 100, torch.device("cpu"), torch.float32)
         ours.prefill(ours.embed_tokens(ids[:, :90]), positions[:, :90], cache)
         for t in range(90, 100):
             hidden = ours.decode(ours.embed_tokens(ids[:, t : t + 1]), positions[:, t : t + 1], cache, t + 1)

@@ -1,0 +1,202 @@
+"""Rows that decode together on static buffers, joining and leaving between steps.
+
+`admit` gives a request a slot; each `advance` reads a chunk of one waiting prompt and decodes a token of every row that
+is past its own. A row's answer does not depend on its neighbours. What a slot's cache holds stays when its row leaves:
+a request whose prompt begins alike, text and images, starts from there.
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nvlm_runtime.encoder import ImageEncoder
+from nvlm_runtime.request import Row
+from nvlm_runtime.sampling import Draw
+from nvlm_runtime.slots import Slots
+from nvlm_runtime.stages import Stages, chunks, write_cross
+
+
+class Batch:
+    """slots: the buffers. chunk: tokens of a prompt that are read at a time. reuse: whether to start from a prefix."""
+
+    def __init__(self, stages: Stages, slots: Slots, encoder: ImageEncoder, chunk: int, reuse: bool):
+        self.stages, self.slots, self.encoder = stages, slots, encoder
+        self.chunk, self.reuse = chunk, reuse
+        self.rows: list[Row | None] = [None] * slots.num
+        self._cached = [np.zeros((0, 4), np.int64)] * slots.num  # the keys of what each slot's cache holds
+        self._filling: list[tuple[int, Iterator[None]]] = []
+        self._positions = [0] * slots.num  # the host's copy of slots.position
+
+    @property
+    def num_free(self) -> int:
+        return self.rows.count(None)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.num_free == len(self.rows)
+
+    def fits(self, row: Row) -> bool:
+        """Whether the buffers are long enough for a request."""
+        return row.num_slots <= self.slots.capacity and row.prepared.layout.cross_length <= self.slots.cross_capacity
+
+    def admit(self, row: Row) -> None:
+        """Takes a request into the free slot that holds most of its prompt. ValueError where there is none, or it does
+        not fit.
+        """
+        free = [i for i, taken in enumerate(self.rows) if taken is None]
+        if not free:
+            raise ValueError(f"all {len(self.rows)} rows of the batch are taken")
+        if not self.fits(row):
+            raise ValueError(
+                f"the request needs {row.num_slots} slots and {row.prepared.layout.cross_length} image keys, "
+                f"the batch has {self.slots.capacity} and {self.slots.cross_capacity} a row"
+            )
+        shared = {i: self.num_shared(i, row) for i in free}
+        slot = max(free, key=lambda i: (shared[i], -len(self._cached[i]), -i))
+        row.num_reused = shared[slot]
+        self.rows[slot], self._positions[slot] = row, 0
+        self._filling.append((slot, self._fill(slot, row)))
+
+    def num_shared(self, slot: int, row: Row) -> int:
+        """Tokens at the beginning of a prompt that a slot's cache holds; the last one is always read anew."""
+        if not self.reuse:
+            return 0
+        held, asked = self._cached[slot], row.prepared.keys
+        length = min(len(held), len(asked) - 1)
+        differs = (held[:length] != asked[:length]).any(-1)
+        return int(differs.argmax()) if differs.any() else length
+
+    def advance(self) -> list[tuple[Row, str]]:
+        """One chunk of the prompt that waits longest and one step of every decoding row.
+
+        Returns the rows that drew a token, with their new text, and those that failed, with "".
+        """
+        progress = []
+        if self._filling:
+            slot, steps = self._filling[0]
+            row = self.rows[slot]
+            try:
+                next(steps)
+            except StopIteration:
+                self._filling.pop(0)
+                progress.append(self._accept(slot, int(self.slots.drawn[slot])))
+            except Exception as error:  # the row's own: its neighbours go on
+                self._filling.pop(0)
+                row.error = error
+                self._leave(slot)
+                progress.append((row, ""))
+        if any(self._decoding(slot) for slot in range(len(self.rows))):
+            progress += self._step()
+        return progress
+
+    def cancel(self, row: Row) -> None:
+        """Frees a row's slot at once, whatever it was doing. A row that has left already is left alone."""
+        for slot, taken in enumerate(self.rows):
+            if taken is row:
+                self._filling = [(s, steps) for s, steps in self._filling if s != slot]
+                row.finish("cancelled")
+                self._leave(slot)
+
+    def forget(self) -> None:
+        """Drops what the free slots hold, as when weights have changed."""
+        for slot, row in enumerate(self.rows):
+            if row is None:
+                self._cached[slot] = self._cached[slot][:0]
+
+    def _decoding(self, slot: int) -> bool:
+        return self.rows[slot] is not None and all(slot != filling for filling, _ in self._filling)
+
+    def _fill(self, slot: int, row: Row) -> Iterator[None]:
+        """Reads a row's prompt from `num_reused` on; stops after each image and each chunk. Then the first draw."""
+        slots, prepared, device = self.slots, row.prepared, self.slots.token.device
+        ids = torch.tensor(prepared.input_ids, device=device)
+        start = row.num_reused
+        self._cached[slot] = prepared.keys[:start]
+        where: list[int] = []
+        tokens: list[Tensor] = []
+        for image, picture in zip(prepared.layout.images, prepared.pictures, strict=True):
+            if image.span[1] <= start:
+                continue  # its slots and keys are where they were
+            with torch.inference_mode():
+                handle = self.encoder.handle(picture, image, row.timings)
+                if image.keys[1] > image.keys[0]:
+                    write_cross(slots, slot, image.keys[0], self.encoder.keys_values(handle, image))
+            where += image.slots
+            if image.slots:
+                tokens.append(handle.tokens[list(image.slot_tiles)].flatten(0, 1))
+            yield
+        began = time.perf_counter()
+        positions = torch.tensor(where, dtype=torch.int64, device=device)
+        values = torch.cat(tokens) if tokens else positions
+        intervals = prepared.layout.intervals.to(device)
+        bounds = np.array(where)
+        spent = 0.0
+        for first, end in chunks(len(ids), start, self.chunk):
+            a, b = np.searchsorted(bounds, (first, end))
+            with torch.inference_mode():
+                x = self.stages.embed(ids[first:end], positions[a:b] - first, values[a:b])
+                hidden = self.stages.prefill(slots, slot, x, first, intervals[first:end])
+            self._cached[slot] = prepared.keys[:end]
+            spent += time.perf_counter() - began
+            row.timings["prefill"] = spent
+            if end < len(ids):
+                yield
+                began = time.perf_counter()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            slots.position[slot] = len(ids)
+            slots.interval[slot, 0] = torch.tensor(prepared.layout.after)
+            slots.sampling.set(slot, row.params, prepared.input_ids)
+            self.stages.first(slots, slot, hidden[:, -1], Draw.of(row.params))
+        self._positions[slot] = len(ids)
+        row.timings["prefill"] += time.perf_counter() - began
+
+    def _step(self) -> list[tuple[Row, str]]:
+        began = time.perf_counter()
+        decoding = [slot for slot in range(len(self.rows)) if self._decoding(slot)]
+        rows = [self.rows[slot] for slot in decoding]
+        with torch.inference_mode():
+            self.stages.step(
+                self.slots,
+                decoding[-1] + 1,
+                max(self._positions[slot] for slot in decoding) + 1,
+                any(row.prepared.layout.cross_length for row in rows),
+                max(Draw.of(row.params) for row in rows),
+            )
+            drawn = self.slots.drawn.tolist()
+        seconds = time.perf_counter() - began
+        progress = []
+        for slot, row in zip(decoding, rows):
+            self._positions[slot] += 1
+            row.token_seconds.append(seconds)
+            row.timings["decode"] += seconds
+            progress.append(self._accept(slot, drawn[slot]))
+        return progress
+
+    def _accept(self, slot: int, token: int) -> tuple[Row, str]:
+        row = self.rows[slot]
+        row.timings.setdefault("decode", 0.0)
+        if token < 0:
+            row.error = ValueError("the model's logits are not finite: its weights or their dtype are wrong")
+            self._leave(slot)
+            return row, ""
+        piece = row.accept(token)
+        if row.done:
+            self._leave(slot)
+        return row, piece
+
+    def _leave(self, slot: int) -> None:
+        row = self.rows[slot]
+        if self._positions[slot] > len(row.prepared.input_ids):
+            fed = self._positions[slot] - len(row.prepared.input_ids)
+            answer = np.zeros((fed, 4), np.int64)
+            answer[:, 0] = row.token_ids[:fed]
+            answer[:, 1:3] = row.prepared.layout.after
+            self._cached[slot] = np.concatenate([row.prepared.keys, answer])
+        if row.error is not None:
+            self._cached[slot] = self._cached[slot][:0]
+        self.slots.rest(slot)
+        self.rows[slot] = None

@@ -1,0 +1,90 @@
+"""The stages of a request as functions of static buffers: encode an image, a chunk of prompt, a decoding step.
+
+Each has one shape for what it is given: an image's tile count, a chunk's length, a batch's rows. None looks at a value
+on the device, so that each can be captured.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nvlm_runtime.cache import CrossKV
+from nvlm_runtime.decoder import CrossView
+from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.sampling import Draw, draw
+from nvlm_runtime.slots import Slots
+
+
+class Stages:
+    """Eager stages of a model. deterministic: rows of a step are decoded one by one, as each would be alone."""
+
+    def __init__(self, model: NVLMModel, deterministic: bool = False):
+        self.model = model
+        self.deterministic = deterministic
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Tiles of one image [N, 3, S, S] to features [N, 4P, C]."""
+        return self.model.encode(pixel_values)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features to image tokens [N, P, C]."""
+        return self.model.project(features)
+
+    def embed(self, input_ids: Tensor, where: Tensor, tokens: Tensor) -> Tensor:
+        """A chunk's inputs [1, T, C]: token ids [T], with image tokens [n, C] at the places `where` [n]."""
+        x = self.model.language_model.embed_tokens(input_ids)[None]
+        return x.index_copy(1, where, tokens[None].to(x.dtype)) if len(where) else x
+
+    def prefill(self, slots: Slots, row: int, x: Tensor, start: int, intervals: Tensor) -> Tensor:
+        """A chunk of a row's prompt, x [1, T, C] from position `start`; intervals [T, 2]. Returns hidden [1, T, C]."""
+        one = slots.rows(row, row + 1)
+        end = start + x.shape[1]
+        positions = torch.arange(start, end, device=x.device)[None]
+        view = None
+        if one.cross is not None and one.cross.k.shape[2]:
+            view = CrossView(one.cross, intervals[None])
+        return self.model.language_model.decode(x, positions, one.cache, end, view)
+
+    def first(self, slots: Slots, row: int, hidden: Tensor, kind: Draw) -> None:
+        """Draws a row's first token from the last hidden state of its prompt [1, C]; its position is set."""
+        one = slots.rows(row, row + 1)
+        self._draw(one, self.model.language_model.logits(hidden), one.position, kind)
+        one.active.fill_(True)
+
+    def step(self, slots: Slots, num_rows: int, visible: int, sees: bool, kind: Draw) -> None:
+        """Every active row among the first `num_rows` draws its next token.
+
+        visible: the slots that are looked at, more than any row's position. sees: whether a row may see an image key.
+        """
+        spans = [(i, i + 1) for i in range(num_rows)] if self.deterministic else [(0, num_rows)]
+        for start, end in spans:
+            self._step(slots.rows(start, end), visible, sees, kind)
+
+    def _step(self, slots: Slots, visible: int, sees: bool, kind: Draw) -> None:
+        logits = self._logits(slots, visible, sees)
+        slots.position.add_(slots.active)
+        self._draw(slots, logits, slots.position, kind)
+
+    def _logits(self, slots: Slots, visible: int, sees: bool) -> Tensor:
+        decoder = self.model.language_model
+        view = CrossView(slots.cross, slots.interval) if sees else None
+        x = decoder.embed_tokens(slots.token[:, None])
+        return decoder.logits(decoder.decode(x, slots.position[:, None], slots.cache, visible, view)[:, 0])
+
+    def _draw(self, slots: Slots, logits: Tensor, positions: Tensor, kind: Draw) -> None:
+        drawn = draw(logits, slots.sampling, positions, kind)
+        slots.drawn.copy_(drawn)
+        slots.token.copy_(drawn.clamp(min=0))
+
+
+def write_cross(slots: Slots, row: int, start: int, kv: CrossKV) -> None:
+    """Puts an image's keys and values [gated layers, 1, S, Hkv, D] into a row's, from key `start`."""
+    end = start + kv.k.shape[2]
+    slots.cross.k[:, row, start:end] = kv.k[:, 0]
+    slots.cross.v[:, row, start:end] = kv.v[:, 0]
+
+
+def chunks(length: int, start: int, size: int) -> Sequence[tuple[int, int]]:
+    """[start, end) of the chunks of at most `size` tokens that a prompt's rest is read in."""
+    return [(first, min(first + size, length)) for first in range(start, length, size)]
