@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvlm_kernels import MAX_DECODE_TOKENS, decode_attention, rotary, rotary_cache
+from nvlm_kernels import MAX_DECODE_TOKENS, decode_attention, rotary, rotary_cache, tile_attention
 from nvlm_runtime.cache import KVCache
 
 Attention = Literal["sdpa", "flash"]
@@ -77,3 +77,24 @@ class Past:
             q, k, v, attn_mask=self.mask, is_causal=self.is_causal, enable_gqa=num_heads != num_kv_heads
         )
         return out.transpose(1, 2)
+
+
+class FlatPast:
+    """Self-attention of a chunk to a cache whose rows are laid end to end: one fixed shape for every row and length.
+
+    cache: of B rows of S slots. slots: [1, T], where the chunk's keys and values go, from 0 to B * S, none twice.
+    spans: [1, T, 2], the slots [start, end) each token sees, its own among them; an empty one gives 0.
+    Nothing is looked at on the host. On a GPU a block of the cache outside the spans is never loaded.
+    """
+
+    def __init__(self, cache: KVCache, slots: Tensor, spans: Tensor):
+        self.k, self.v = (side.flatten(1, 2)[:, None] for side in (cache.k, cache.v))  # [layers, 1, B * S, Hkv, D]
+        self.slots, self.spans = slots, spans
+        self.layer = 0
+
+    def attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
+        """qkv: [1, T, (H + 2 Hkv) * D], not rotated. Returns [1, T, H, D]; the cache moves on to its next layer."""
+        k, v = self.k[self.layer], self.v[self.layer]
+        self.layer += 1
+        q = rotary_cache(qkv, *angles, k, v, self.slots, num_heads)
+        return tile_attention(q, k, v, self.spans)

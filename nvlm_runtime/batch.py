@@ -5,6 +5,7 @@ is past its own. A row's answer does not depend on its neighbours. What a slot's
 a request whose prompt begins alike, text and images, starts from there.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ from nvlm_runtime.encoder import ImageEncoder
 from nvlm_runtime.request import Row
 from nvlm_runtime.sampling import Draw
 from nvlm_runtime.slots import Slots
-from nvlm_runtime.stages import Stages, chunks, write_cross
+from nvlm_runtime.stages import Stages, write_cross
 
 
 class Batch:
@@ -106,6 +107,37 @@ class Batch:
             if row is None:
                 self._cached[slot] = self._cached[slot][:0]
 
+    @torch.inference_mode()
+    def warmup(self) -> dict[str, float]:
+        """Runs every stage that a request in these buffers can need. Returns seconds a phase: prefill, first, step.
+
+        What the slots held is forgotten. Raises ValueError while a row is in the batch.
+        """
+        if not self.is_idle:
+            raise ValueError("a batch cannot be warmed up while it has rows")
+        self.forget()
+        stages, slots = self.stages, self.slots
+        width, device = stages.model.config.text.hidden_size, slots.token.device
+        sees = (False, True) if slots.cross_capacity else (False,)
+        began = [time.perf_counter()]
+        with slots.at_rest():
+            for length in stages.lengths(min(self.chunk, slots.capacity)):
+                x = torch.zeros(1, length, width, device=device, dtype=slots.cache.k.dtype)
+                hidden = stages.prefill(slots, 0, x, 0, torch.zeros(length, 2, dtype=torch.int64, device=device))
+            began.append(time.perf_counter())
+            for kind in Draw:
+                stages.first(slots, 0, hidden[:, -1], kind)
+            slots.active.zero_()
+            began.append(time.perf_counter())
+            for num_rows, sees_images, kind in itertools.product(stages.buckets(slots.num), sees, Draw):
+                stages.step(slots, num_rows, slots.capacity, sees_images, kind)
+            began.append(time.perf_counter())
+        return {phase: end - start for phase, start, end in zip(("prefill", "first", "step"), began, began[1:])}
+
+    def close(self) -> None:
+        """Lets go of what was captured of the buffers."""
+        self.stages.forget(self.slots)
+
     def _decoding(self, slot: int) -> bool:
         return self.rows[slot] is not None and all(slot != filling for filling, _ in self._filling)
 
@@ -134,7 +166,7 @@ class Batch:
         intervals = prepared.layout.intervals.to(device)
         bounds = np.array(where)
         spent = 0.0
-        for first, end in chunks(len(ids), start, self.chunk):
+        for first, end in self.stages.chunks(len(ids), start, self.chunk):
             a, b = np.searchsorted(bounds, (first, end))
             with torch.inference_mode():
                 x = self.stages.embed(ids[first:end], positions[a:b] - first, values[a:b])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nvlm_kernels import swiglu
-from nvlm_runtime.attention import Attention, Past
+from nvlm_runtime.attention import Attention, FlatPast, Past
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.cross import GatedCrossAttention
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         )
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | FlatPast) -> Tensor:
         out = past.attend(self.qkv_proj(x), angles, self.num_heads, self.num_kv_heads)  # [B, T, H, D]
         return self.o_proj(out.flatten(2))
 
@@ -69,7 +69,7 @@ class Layer(nn.Module):
         x: Tensor,
         branch: Tensor | None,
         angles: tuple[Tensor, Tensor],
-        past: Past,
+        past: Past | FlatPast,
         image: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream is x + branch, the last block's output not yet added; returns the next such pair.
@@ -114,7 +114,8 @@ class Decoder(nn.Module):
         k, v = (torch.stack(side) for side in zip(*pairs, strict=True))
         return CrossKV(k, v)
 
-    def _run(self, x: Tensor, positions: Tensor, past: Past, view: CrossView | None) -> Tensor:
+    def run(self, x: Tensor, positions: Tensor, past: Past | FlatPast, view: CrossView | None) -> Tensor:
+        """x: [B, T, C] at positions [B, T]; past: what self-attention sees; view: what the gated layers see."""
         angles = self.rotary(positions, x.dtype)
         branch, gated = None, 0
         for layer in self.layers:
@@ -127,13 +128,13 @@ class Decoder(nn.Module):
 
     def prefill(self, x: Tensor, positions: Tensor, cache: KVCache | None, view: CrossView | None = None) -> Tensor:
         """A prompt from position 0: x [B, T, C], positions [B, T]. Rows may be padded on the right."""
-        return self._run(x, positions, Past(cache, positions, x.shape[1], self.attention), view)
+        return self.run(x, positions, Past(cache, positions, x.shape[1], self.attention), view)
 
     def decode(
         self, x: Tensor, positions: Tensor, cache: KVCache, visible: int, view: CrossView | None = None
     ) -> Tensor:
         """A step behind a cache: x [B, T, C] at positions [B, T], all below `visible`, the slots that are read."""
-        return self._run(x, positions, Past(cache, positions, visible, self.attention), view)
+        return self.run(x, positions, Past(cache, positions, visible, self.attention), view)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

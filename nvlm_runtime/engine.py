@@ -16,9 +16,11 @@ from torch import Tensor
 
 from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.batch import Batch
+from nvlm_runtime.compiles import CompileWatch
 from nvlm_runtime.encoder import ImageEncoder
+from nvlm_runtime.graphs import GraphStages
 from nvlm_runtime.handle import ImageCache, ImageHandle, picture_key
-from nvlm_runtime.image import TilePlan, open_image, plan_tiles, tile_pixels
+from nvlm_runtime.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
 from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import PRESETS
@@ -83,7 +85,8 @@ class NVLM:
 
     chunk: prompt tokens read at a time. image_cache_bytes: of handles of the pictures seen last. reuse: a prompt that
     begins as the last one did, text and images, starts from its keys and values. deterministic: an answer's bits do not
-    depend on what else runs or ran, at the price of batching and of reuse.
+    depend on what else runs or ran, at the price of batching and of reuse. graphs: static stages only, captured into
+    CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class NVLM:
         image_cache_bytes: int = 256 * 2**20,
         reuse: bool = True,
         deterministic: bool = False,
+        graphs: bool = False,
     ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
@@ -107,12 +111,14 @@ class NVLM:
         self.dtype = next(model.parameters()).dtype
         self.chunk = chunk
         self.reuse = reuse and not deterministic
-        self.stages = Stages(model, deterministic)
+        self.stages = (GraphStages if graphs else Stages)(model, deterministic)
         self.encoder = ImageEncoder(self.stages, ImageCache(image_cache_bytes))
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._lock = threading.Lock()
         self._idle: Batch | None = None  # the buffers of the last single request
         self._idle_version = 0
+        self._watch = CompileWatch()
+        self.stages.built = lambda name: self._watch.saw(f"the stage {name!r} was built")
 
     @classmethod
     def load(
@@ -281,9 +287,23 @@ class NVLM:
     def batch(self, num_rows: int, capacity: int, cross_capacity: int) -> Batch:
         """Buffers for `num_rows` rows of `capacity` tokens and `cross_capacity` image keys each."""
         slots = Slots.allocate(
-            self.config, num_rows, capacity, cross_capacity, self.tokenizer.vocab_size, self.device, self.dtype
+            self.config,
+            num_rows,
+            capacity,
+            cross_capacity,
+            self.tokenizer.vocab_size,
+            self.device,
+            self.dtype,
+            self.stages.spare,
         )
         return Batch(self.stages, slots, self.encoder, self.chunk, self.reuse)
+
+    def _keep(self, batch: Batch) -> None:
+        """For the next single request."""
+        with self._lock:
+            before, self._idle, self._idle_version = self._idle, batch, self.model.version
+        if before is not None and before is not batch:
+            before.close()
 
     def _alone(self, row: Row) -> Iterator[str]:
         """A row in a batch of its own: the buffers of the last one, if they are free and long enough."""
@@ -292,6 +312,8 @@ class NVLM:
             if batch is not None and self._idle_version != self.model.version:
                 batch.forget()
         if batch is None or not batch.fits(row):
+            if batch is not None:
+                batch.close()
             capacity = -(-row.num_slots // ROUNDING) * ROUNDING
             cross_capacity = -(-row.prepared.layout.cross_length // ROUNDING) * ROUNDING
             batch = self.batch(1, min(capacity, self.config.text.context), cross_capacity)
@@ -304,8 +326,7 @@ class NVLM:
                 raise row.error
         finally:
             batch.cancel(row)
-            with self._lock:
-                self._idle, self._idle_version = batch, self.model.version
+            self._keep(batch)
 
     @torch.inference_mode()
     def logits(self, input_ids: Sequence[int], images: Sequence[Any] = ()) -> Tensor:
@@ -320,6 +341,33 @@ class NVLM:
         positions = torch.arange(ids.shape[1], device=self.device)[None]
         hidden = self.model.language_model.prefill(x, positions, None, view)
         return self.model.language_model.logits(hidden[0])
+
+    @torch.inference_mode()
+    def warmup(self, max_tokens: int = 1024, max_images: int = 1) -> dict[str, float]:
+        """Allocates the buffers of single requests of up to `max_tokens` tokens, prompt and answer, and `max_images`
+        images, and compiles and captures all that such requests can need. Returns seconds a phase.
+
+        From then on `compiles_after_warmup` counts what is compiled all the same, and each is a warning.
+        """
+        config, size = self.config, self.config.vision.image_size
+        plans = [TilePlan(c * size, r * size, c, r, size) for c, r in grids(config.min_tiles, config.max_tiles)]
+        began = time.perf_counter()
+        for num_tiles in sorted({plan.num_tiles for plan in plans}):
+            pixel_values = torch.zeros(num_tiles, 3, size, size, device=self.device, dtype=self.dtype)
+            self.stages.project(self.stages.encode(pixel_values))
+        phases = {"encode": time.perf_counter() - began}
+        began = time.perf_counter()
+        num_keys = max_images * max(self._lone_layout(plan).keys[1] for plan in plans)
+        batch = self.batch(1, min(max_tokens, config.text.context), num_keys)
+        phases |= {"buffers": time.perf_counter() - began, **batch.warmup()}
+        self._keep(batch)
+        self._watch.start()
+        return phases
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Triton kernels and static stages that requests have had to wait for since `warmup`."""
+        return self._watch.count
 
     def row(self, prepared: Prepared, params: GenerationParams) -> Row:
         """A request ready for a batch."""

@@ -66,7 +66,7 @@ def plan_tiles(width: int, height: int, image_size: int, min_tiles: int = 1, max
     if not 1 <= min_tiles <= max_tiles:
         raise ValueError(f"plan_tiles: tiles are {min_tiles} to {max_tiles}, expected 1 <= min_tiles <= max_tiles")
     best, best_distance = (0, 0), float("inf")
-    for cols, rows in _grids(min_tiles, max_tiles):
+    for cols, rows in grids(min_tiles, max_tiles):
         distance = abs(width / height - cols / rows)
         tie_goes_up = distance == best_distance and width * height > 0.5 * image_size**2 * cols * rows
         if distance < best_distance or tie_goes_up:
@@ -74,10 +74,11 @@ def plan_tiles(width: int, height: int, image_size: int, min_tiles: int = 1, max
     return TilePlan(width, height, *best, image_size)
 
 
-def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
+def grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
+    """(cols, rows) of all grids that a picture may be cut into, by their number of tiles."""
     sides = range(1, max_tiles + 1)
-    grids = [(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
-    return sorted(grids, key=lambda grid: grid[0] * grid[1])
+    found = [(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
+    return sorted(found, key=lambda grid: grid[0] * grid[1])
 
 
 def open_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:

@@ -41,7 +41,8 @@ class NVLMModel(nn.Module):
     @property
     def version(self) -> int:
         """Grows when a weight is changed in place, as an optimizer does: what was computed before is then stale."""
-        return sum(tensor._version for tensor in (*self.parameters(), *self.buffers()))
+        tensors = (*self.parameters(), *self.buffers())
+        return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size], one a patch, before shuffle and projector."""

@@ -8,6 +8,7 @@ grow by 0.1 ln(factor) + 1.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,16 @@ def _yarn(freqs: Tensor, theta: float, head_dim: int, scaling: RopeScaling) -> t
     return freqs / scaling.factor * (1 - keep) + freqs * keep, 0.1 * math.log(scaling.factor) + 1.0
 
 
+@cache
+@torch.inference_mode(False)
+def _frequencies(config: TextConfig, device: torch.device) -> tuple[Tensor, float]:
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    freqs, scale = 1.0 / (config.rope_theta**exponents), 1.0
+    if config.rope_scaling is not None:
+        freqs, scale = _yarn(freqs, config.rope_theta, config.head_dim, config.rope_scaling)
+    return freqs.to(device), scale
+
+
 class Rotary(nn.Module):
     """positions [B, T] to (cos, sin), each [B, T, D] in the dtype asked for."""
 
@@ -35,12 +46,8 @@ class Rotary(nn.Module):
         self.config = config
 
     def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
-        c = self.config
-        exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
-        freqs, scale = 1.0 / (c.rope_theta**exponents), 1.0
-        if c.rope_scaling is not None:
-            freqs, scale = _yarn(freqs, c.rope_theta, c.head_dim, c.rope_scaling)
-        return freqs.to(device), scale
+        """fp32 [D/2] on the device, always the same tensor, and what cos and sin are multiplied by."""
+        return _frequencies(self.config, device)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         freqs, scale = self.frequencies(positions.device)

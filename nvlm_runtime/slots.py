@@ -1,10 +1,12 @@
 """The static buffers that rows decode in: caches, the last token of each row, where it goes, how the next is drawn.
 
 B rows, S slots of self-attention, Sx image keys. Nothing here changes its address, shape or dtype while it lives, so a
-captured step may hold any of it. A row at rest writes to the one slot more than `capacity`, which nobody reads.
+captured step may hold any of it. A row at rest writes to a spare slot behind `capacity`, which nobody reads.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +33,10 @@ class Slots:
     active: Tensor
     interval: Tensor
     sampling: Sampling
+    capacity: int
 
     @staticmethod
+    @torch.inference_mode(False)
     def allocate(
         config: NVLMConfig,
         batch: int,
@@ -41,9 +45,13 @@ class Slots:
         vocab_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        spare: int = 1,
     ) -> "Slots":
-        """Raises ValueError, before anything is allocated, where the caches are larger than the memory that is free."""
-        check_memory(cache_bytes(config, batch, capacity, cross_capacity, dtype), batch, device)
+        """spare: slots behind `capacity`, at least 1.
+
+        Raises ValueError, before anything is allocated, where the caches are larger than the memory that is free.
+        """
+        check_memory(cache_bytes(config, batch, capacity + spare, cross_capacity, dtype), batch, device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -53,7 +61,7 @@ class Slots:
             shape = cross_shape(config, batch, cross_capacity)
             cross = CrossKV(zeros(*shape, dtype=dtype), zeros(*shape, dtype=dtype))
         return Slots(
-            cache=KVCache.allocate(config.text, batch, capacity + 1, device, dtype),
+            cache=KVCache.allocate(config.text, batch, capacity + spare, device, dtype),
             cross=cross,
             token=zeros(batch),
             position=torch.full((batch,), capacity, device=device),
@@ -61,15 +69,12 @@ class Slots:
             active=zeros(batch, dtype=torch.bool),
             interval=zeros(batch, 1, 2),
             sampling=Sampling.empty(batch, vocab_size, device),
+            capacity=capacity,
         )
 
     @property
     def num(self) -> int:
         return len(self.token)
-
-    @property
-    def capacity(self) -> int:
-        return self.cache.capacity - 1
 
     @property
     def cross_capacity(self) -> int:
@@ -79,6 +84,19 @@ class Slots:
         """A row draws no more; what its cache holds stays."""
         self.active[row] = False
         self.position[row] = self.capacity
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """For trial runs: no row draws, and what the rows are doing is put back afterwards."""
+        state = [self.token, self.position, self.drawn, self.active, self.sampling.seen]
+        kept = [tensor.clone() for tensor in state]
+        self.active.zero_()
+        self.position.fill_(self.capacity)
+        try:
+            yield
+        finally:
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
 
     def rows(self, start: int, end: int) -> "Slots":
         """Views of the rows from `start` to `end`."""
@@ -91,6 +109,7 @@ class Slots:
             active=self.active[start:end],
             interval=self.interval[start:end],
             sampling=self.sampling.rows(start, end),
+            capacity=self.capacity,
         )
 
 
@@ -98,10 +117,10 @@ def cross_shape(config: NVLMConfig, batch: int, length: int) -> tuple[int, ...]:
     return len(config.cross.layers), batch, length, config.text.num_key_value_heads, config.text.head_dim
 
 
-def cache_bytes(config: NVLMConfig, batch: int, capacity: int, cross_capacity: int, dtype: torch.dtype) -> int:
+def cache_bytes(config: NVLMConfig, batch: int, num_slots: int, cross_capacity: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of `Slots`, which are nearly all it holds."""
     text = config.text
-    slots = text.num_hidden_layers * (capacity + 1) + (len(config.cross.layers) if config.cross else 0) * cross_capacity
+    slots = text.num_hidden_layers * num_slots + (len(config.cross.layers) if config.cross else 0) * cross_capacity
     return 2 * batch * slots * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 

@@ -4,7 +4,7 @@ Each has one shape for what it is given: an image's tile count, a chunk's length
 on the device, so that each can be captured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,27 @@ from nvlm_runtime.slots import Slots
 class Stages:
     """Eager stages of a model. deterministic: rows of a step are decoded one by one, as each would be alone."""
 
+    spare = 1  # slots that its buffers need behind their capacity
+
     def __init__(self, model: NVLMModel, deterministic: bool = False):
         self.model = model
         self.deterministic = deterministic
+        self.built: Callable[[str], None] = lambda name: None  # told of every stage made for one shape; here none is
+
+    def chunks(self, length: int, start: int, size: int) -> Sequence[tuple[int, int]]:
+        """[start, end) of the chunks that a prompt's rest is read in, at most `size` tokens long."""
+        return [(first, min(first + size, length)) for first in range(start, length, size)]
+
+    def lengths(self, size: int) -> tuple[int, ...]:
+        """Lengths of chunks that between them compile all that chunks of up to `size` tokens need."""
+        return tuple(sorted({min(length, size) for length in (1, 2, 9, 16, 33, size)}))
+
+    def buckets(self, most: int) -> tuple[int, ...]:
+        """Batches that a step is run as, with up to `most` rows."""
+        return (1,) if self.deterministic else tuple(range(1, most + 1))
+
+    def forget(self, slots: Slots) -> None:
+        """Lets go of buffers that are no longer used."""
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Tiles of one image [N, 3, S, S] to features [N, 4P, C]."""
@@ -83,8 +101,3 @@ def write_cross(slots: Slots, row: int, start: int, kv: CrossKV) -> None:
     end = start + kv.k.shape[2]
     slots.cross.k[:, row, start:end] = kv.k[:, 0]
     slots.cross.v[:, row, start:end] = kv.v[:, 0]
-
-
-def chunks(length: int, start: int, size: int) -> Sequence[tuple[int, int]]:
-    """[start, end) of the chunks of at most `size` tokens that a prompt's rest is read in."""
-    return [(first, min(first + size, length)) for first in range(start, length, size)]

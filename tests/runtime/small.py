@@ -68,9 +68,10 @@ def micro_tokenizer() -> Tokenizer:
     return make_tokenizer(512)
 
 
-def small_engine(variant: str, *, positions: str | None = None, **options) -> NVLM:
-    """Never draws an image slot, which a random model else would: its logit is 0. options: as of NVLM."""
-    model = small_model(variant, **({"positions": positions} if positions else {}))
-    tokenizer = micro_tokenizer()
+def small_engine(variant: str, **given) -> NVLM:
+    """Never draws an image slot, which a random model else would: its logit is 0. given: of CrossConfig and of NVLM."""
+    cross = {name: value for name, value in given.items() if name in ("placement", "ffn", "positions")}
+    options = {name: value for name, value in given.items() if name not in cross}
+    model, tokenizer = small_model(variant, **cross), micro_tokenizer()
     model.language_model.lm_head.weight.data[tokenizer.special("<|vision_pad|>")] = 0
     return NVLM(model, tokenizer, **options)

@@ -229,7 +229,7 @@ def test_a_failed_row_never_harms_its_neighbours(when, monkeypatch):
 
 def test_refuses_a_batch_that_memory_cannot_hold():
     model = fresh("x")
-    needed = cache_bytes(model.config, 1, 400, 64, torch.float32)
+    needed = cache_bytes(model.config, 1, 401, 64, torch.float32)
     rows = free_bytes(torch.device("cpu")) // needed + 10
     with pytest.raises(ValueError, match=f"a batch of {rows} needs [0-9,]+ bytes of caches"):
         model.batch(rows, 400, 64)
@@ -250,4 +250,4 @@ def test_cache_bytes_are_what_is_allocated():
     model = fresh("x")
     slots = model.batch(3, 100, 64).slots
     held = sum(t.nbytes for t in (slots.cache.k, slots.cache.v, slots.cross.k, slots.cross.v))
-    assert held == cache_bytes(model.config, 3, 100, 64, torch.float32)
+    assert held == cache_bytes(model.config, 3, 101, 64, torch.float32)

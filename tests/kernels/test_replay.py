@@ -1,0 +1,106 @@
+"""Every stage, and every batch bucket, by the rules of CUDA graphs, on the kernels' own path (the interpreter)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nvlm_kernels._backend import INTERPRET
+from nvlm_runtime.engine import NVLM
+from nvlm_runtime.graphs import GraphStages, Stage
+from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.replay import ReplayError, check
+from nvlm_runtime.sampling import Draw
+from tests.runtime.small import CONFIGS, micro_tokenizer, randomise
+from tests.runtime.test_model import picture
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRET, reason="without a GPU the stages take the kernels' path in the interpreter"
+)
+
+ROWS = 4
+
+
+def engine(variant: str, **options) -> NVLM:
+    """One layer of each kind, and heads of a size the kernels take."""
+    config = CONFIGS[variant]
+    text = replace(config.text, hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+    vision = replace(config.vision, num_hidden_layers=1)
+    cross = config.cross and replace(config.cross, layers=(0,), ffn="swiglu")
+    model = NVLMModel(replace(config, text=text, vision=vision, cross=cross))
+    return NVLM(randomise(model), micro_tokenizer(), chunk=64, graphs=True, **options)
+
+
+def stages_of(variant: str) -> list[Stage]:
+    model = engine(variant)
+    for num_tiles in (1, 3, 4, 5, 6, 7):
+        model.stages.project(model.stages.encode(torch.zeros(num_tiles, 3, 32, 32)))
+    model.batch(ROWS, 200, 64).warmup()
+    return list(model.stages.stages.values())
+
+
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+@torch.inference_mode()
+def test_every_stage_can_be_replayed(variant):
+    stages = stages_of(variant)
+    names = {stage.name for stage in stages}
+    sees = ("", " sees") if variant != "d" else ("",)
+    assert {f"encode {n}" for n in (1, 3, 4, 5, 6, 7)} <= names, "one an image's tile count, nothing padded"
+    assert {"prefill 32", "prefill 64"} <= names
+    assert {f"step {n} {kind.name}{see}" for n in (1, 2, 4) for kind in Draw for see in sees} <= names
+    for stage in stages:
+        check(stage)
+
+
+def broken(change: Callable[[GraphStages, Stage], None]) -> Stage:
+    model = engine("d")
+    batch = model.batch(1, 40, 0)
+    stage = model.stages._step_stage(batch.slots, 0, 1, False, Draw.GREEDY)
+    change(model.stages, stage)
+    return stage
+
+
+def after(stage: Stage, more: Callable[[], None]) -> None:
+    fn = stage.fn
+
+    def both() -> None:
+        fn()
+        more()
+
+    stage.fn = both
+
+
+KEPT = []
+MUTATIONS = {
+    "asks the device for a value: item": lambda _, stage: after(stage, lambda: stage.buffers["token"].sum().item()),
+    "asks the device for a value: tolist": lambda _, stage: after(stage, lambda: stage.buffers["token"].tolist()),
+    "asks the device for a value: __bool__": lambda _, s: after(s, lambda: bool(s.buffers["active"].any())),
+    "asks the device for a value: cpu": lambda _, stage: after(stage, lambda: stage.buffers["token"].cpu()),
+    "asks the device for a value: nonzero": lambda _, stage: after(stage, lambda: stage.buffers["active"].nonzero()),
+    "asks the device for a value: to.'cpu'": lambda _, s: after(s, lambda: s.buffers["k"].to("cpu")),
+    "tensor.mask": lambda _, s: after(s, lambda: s.buffers["token"][s.buffers["active"]]),
+    "copies from the host: torch.tensor": lambda _, stage: after(stage, lambda: torch.tensor([1])),
+    "keeps a tensor": lambda _, stage: after(stage, lambda: KEPT.append(stage.buffers["token"] + 1)),
+    "changed the address of token": lambda _, s: after(s, lambda: s.buffers.update(token=s.buffers["token"].clone())),
+    "changed the shape of token": lambda _, s: after(s, lambda: s.buffers.update(token=s.buffers["token"].expand(2))),
+    "changed the dtype of token": lambda _, s: after(s, lambda: s.buffers.update(token=s.buffers["token"].int())),
+}
+
+
+@pytest.mark.parametrize("message", MUTATIONS)
+@torch.inference_mode()
+def test_a_stage_that_breaks_a_rule_is_named(message):
+    stage = broken(MUTATIONS[message])
+    with pytest.raises(ReplayError, match=f"stage 'step 1 GREEDY' .*{message}|stage 'step 1 GREEDY' keeps a tensor"):
+        check(stage)
+
+
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+def test_graphs_give_the_same_tokens(variant):
+    static = engine(variant)
+    eager = NVLM(static.model, static.tokenizer)
+    image = picture((64, 32))
+    for arguments in ({"prompt": "What?", "images": [image]}, {"prompt": "Hello?", "temperature": 1.0, "seed": 5}):
+        want = eager.generate(**arguments, max_new_tokens=3, ignore_eos=True)
+        assert static.generate(**arguments, max_new_tokens=3, ignore_eos=True).token_ids == want.token_ids
