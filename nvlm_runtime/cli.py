@@ -12,6 +12,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="micro-d", help="bundled name or checkpoint folder (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument("--no-compile", action="store_true", help="decode in plain PyTorch, without a C++ compiler")
+    parser.add_argument("--graphs", action="store_true", help="static stages, captured into CUDA graphs on a GPU")
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,8 @@ from nvlm_runtime.weights import parameter_counts, read_json
 
 
 def _load(args: argparse.Namespace) -> NVLM:
-    return NVLM.load(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return NVLM.load(args.model, args.device, dtype, native=False if args.no_compile else None, graphs=args.graphs)
 
 
 def _params(args: argparse.Namespace) -> GenerationParams:

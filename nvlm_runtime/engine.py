@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvlm_kernels.native import Native, is_default, library
 from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.batch import Batch
 from nvlm_runtime.compiles import CompileWatch
@@ -86,7 +87,10 @@ class NVLM:
     chunk: prompt tokens read at a time. image_cache_bytes: of handles of the pictures seen last. reuse: a prompt that
     begins as the last one did, text and images, starts from its keys and values. deterministic: an answer's bits do not
     depend on what else runs or ran, at the price of batching and of reuse. graphs: static stages only, captured into
-    CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way.
+    CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way. native: decode on a CPU
+    by the C++ step, built at first use and kept in `cache_folder` (the user's cache where it is None); None is yes
+    where the model is on a CPU in float32 or bfloat16 and a compiler is there.
+    Raises ValueError where native decoding is asked for and cannot be, BuildError where its compiler fails.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class NVLM:
         reuse: bool = True,
         deterministic: bool = False,
         graphs: bool = False,
+        native: bool | None = None,
+        cache_folder: str | Path | None = None,
     ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
@@ -111,7 +117,10 @@ class NVLM:
         self.dtype = next(model.parameters()).dtype
         self.chunk = chunk
         self.reuse = reuse and not deterministic
-        self.stages = (GraphStages if graphs else Stages)(model, deterministic)
+        if graphs:
+            self.stages = GraphStages(model, deterministic)
+        else:
+            self.stages = Stages(model, deterministic, self._library(native, cache_folder))
         self.encoder = ImageEncoder(self.stages, ImageCache(image_cache_bytes))
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._lock = threading.Lock()
@@ -119,6 +128,11 @@ class NVLM:
         self._idle_version = 0
         self._watch = CompileWatch()
         self.stages.built = lambda name: self._watch.saw(f"the stage {name!r} was built")
+
+    def _library(self, native: bool | None, folder: str | Path | None) -> Native | None:
+        if native is None:
+            native = is_default() and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16)
+        return library(None if folder is None else Path(folder)) if native else None
 
     @classmethod
     def load(

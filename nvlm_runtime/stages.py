@@ -9,21 +9,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nvlm_kernels.native import Native
 from nvlm_runtime.cache import CrossKV
 from nvlm_runtime.decoder import CrossView
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.native import NativeDecoder
 from nvlm_runtime.sampling import Draw, draw
 from nvlm_runtime.slots import Slots
 
 
 class Stages:
-    """Eager stages of a model. deterministic: rows of a step are decoded one by one, as each would be alone."""
+    """Eager stages of a model, whose steps may be native.
+
+    deterministic: rows of a step are decoded one by one, as each would be alone. native: the library that decodes on a
+    CPU, where every row has the bits it would have alone anyway.
+    """
 
     spare = 1  # slots that its buffers need behind their capacity
 
-    def __init__(self, model: NVLMModel, deterministic: bool = False):
+    def __init__(self, model: NVLMModel, deterministic: bool = False, native: Native | None = None):
         self.model = model
         self.deterministic = deterministic
+        self._library = native
+        self._native = NativeDecoder(model.language_model, native) if native else None
+        self._version = model.version
         self.built: Callable[[str], None] = lambda name: None  # told of every stage made for one shape; here none is
 
     def chunks(self, length: int, start: int, size: int) -> Sequence[tuple[int, int]]:
@@ -75,7 +84,8 @@ class Stages:
 
         visible: the slots that are looked at, more than any row's position. sees: whether a row may see an image key.
         """
-        spans = [(i, i + 1) for i in range(num_rows)] if self.deterministic else [(0, num_rows)]
+        alone = self.deterministic and self._native is None
+        spans = [(i, i + 1) for i in range(num_rows)] if alone else [(0, num_rows)]
         for start, end in spans:
             self._step(slots.rows(start, end), visible, sees, kind)
 
@@ -86,9 +96,20 @@ class Stages:
 
     def _logits(self, slots: Slots, visible: int, sees: bool) -> Tensor:
         decoder = self.model.language_model
+        if self._native is not None:
+            return self._native_logits(slots, sees)
         view = CrossView(slots.cross, slots.interval) if sees else None
         x = decoder.embed_tokens(slots.token[:, None])
         return decoder.logits(decoder.decode(x, slots.position[:, None], slots.cache, visible, view)[:, 0])
+
+    def _native_logits(self, slots: Slots, sees: bool) -> Tensor:
+        if self.model.version != self._version:  # norms and gates were copied from weights that have changed since
+            self._native = NativeDecoder(self.model.language_model, self._library)
+            self._version = self.model.version
+        logits = torch.empty(slots.num, self.model.config.text.vocab_size)
+        intervals = slots.interval if sees else None
+        self._native.step(slots.token, slots.position, slots.active, slots.cache, slots.cross, intervals, logits)
+        return logits
 
     def _draw(self, slots: Slots, logits: Tensor, positions: Tensor, kind: Draw) -> None:
         drawn = draw(logits, slots.sampling, positions, kind)

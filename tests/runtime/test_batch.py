@@ -66,16 +66,18 @@ def test_rows_join_and_leave_between_steps(variant):
     assert all(row.finish_reason == "length" for row in rows)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_deterministic_rows_have_the_bits_of_their_single_run(variant, monkeypatch):
+def test_deterministic_rows_have_the_bits_of_their_single_run(variant, native, monkeypatch):
     def run(together):
-        model = fresh(variant, deterministic=True)
+        model = fresh(variant, deterministic=True, native=native)
         seen = {}
         original = model.stages._logits
 
         def keep(slots, *rest):
             logits = original(slots, *rest)
-            seen.setdefault(int(slots.sampling.seed[0]), []).append(logits.clone())
+            for row in slots.active.nonzero().flatten():
+                seen.setdefault(int(slots.sampling.seed[row]), []).append(logits[row].clone())
             return logits
 
         monkeypatch.setattr(model.stages, "_logits", keep)

@@ -1,0 +1,37 @@
+"""The decoding step in C++, for CPUs: built by the machine's own compiler when it is first asked for."""
+
+from nvlm_kernels.native.library import (
+    BLOCK,
+    GROUP,
+    KIND_BF16,
+    KIND_F32,
+    KIND_INT4,
+    KIND_INT8,
+    BuildError,
+    Cache,
+    Layer,
+    Matrix,
+    Model,
+    Native,
+    Step,
+    is_default,
+    library,
+)
+
+__all__ = [
+    "BLOCK",
+    "GROUP",
+    "KIND_BF16",
+    "KIND_F32",
+    "KIND_INT4",
+    "KIND_INT8",
+    "BuildError",
+    "Cache",
+    "Layer",
+    "Matrix",
+    "Model",
+    "Native",
+    "Step",
+    "is_default",
+    "library",
+]

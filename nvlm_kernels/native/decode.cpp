@@ -1,0 +1,595 @@
+// One decoding step of a Qwen2 or Llama decoder with gated cross-attention, on a CPU, as one call.
+//
+// A step reads every weight once, so it runs at the memory's speed if nothing else costs more: activations stay in fp32,
+// one parallel region spans the step, and each weight row is read once for all rows of the batch. A row's sums are added
+// in one fixed order that depends neither on the batch nor on the number of threads: same input, same bits.
+//
+// Vector extensions of GCC and Clang, sixteen lanes wherever it runs; no fast-math. Shapes: B rows, C hidden size,
+// H heads, Hkv kv heads, D head size, S slots; matrices are [rows, cols], as torch's Linear keeps them.
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float vf __attribute__((vector_size(64)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef int8_t vb __attribute__((vector_size(16)));
+
+enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
+enum Ffn : int32_t { NONE = 0, SWIGLU = 1, GELU = 2 };
+
+constexpr int64_t CHUNK = 256;     // keys that one task of attention looks at
+// Bytes between the weights in use and those asked for, into the second and into the first cache. One row of bf16
+// weights, 2 cores, share of the speed at which the machine reads: 0.79 with 4 KB into the first alone, 0.90 with both.
+constexpr int64_t FAR = 16384, NEAR = 2048;
+constexpr int64_t GROUP = 32;      // int4 weights that share a scale
+constexpr int64_t BLOCK = 128;     // int4 weights in 64 bytes: nibble j of lane l is weight 16 j + l
+
+}  // namespace
+
+extern "C" {
+
+// scale: I8 fp32 [rows]; I4 bf16 [rows, cols / 32]. bias: fp32 [rows] or null. I4 rows are padded to whole blocks.
+struct Matrix {
+    const void* data;
+    const void* scale;
+    const float* bias;
+    int64_t rows, cols;
+    int32_t kind;
+};
+
+struct Layer {
+    const float *input_norm, *post_norm;
+    Matrix qkv, o, gate_up, down;
+    int32_t cross, before, ffn;  // which gated layer this is, or -1
+    const float *cross_norm, *ffn_norm;
+    Matrix cross_q, cross_o, ffn_in, ffn_up, ffn_out;
+    float gate, ffn_gate;  // tanh of the parameters
+};
+
+struct Model {
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, vocab;
+    float eps, rope_scale;
+    const float *norm, *inv_freq;
+    Matrix embed, head;
+    const Layer* layers;
+};
+
+// Keys and values of one kind (F32 or BF16), strides in elements: [layers, B, S, Hkv, D], the last two dense.
+struct Cache {
+    void *k, *v;
+    int64_t stride_layer, stride_row, stride_slot;
+    int32_t kind;
+};
+
+// rows: B, of the caches too. intervals: [B, 2], or null where no row sees an image.
+struct Step {
+    int64_t rows;
+    const int64_t *token, *position, *intervals;
+    const uint8_t* active;
+    Cache cache, cross;
+    float *logits, *scratch;
+};
+}
+
+namespace {
+
+inline vf load(const float* p) {
+    vf x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+
+inline vf spread(float x) { return x - vf{}; }
+
+inline float sum(vf x) {
+    eight halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    const eight y = halves[0] + halves[1];
+    four quarters[2];
+    std::memcpy(quarters, &y, sizeof y);
+    const four z = quarters[0] + quarters[1];
+    return (z[0] + z[2]) + (z[1] + z[3]);
+}
+
+inline float from_bf16(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+
+inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // NaN stays NaN
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <int KIND>
+inline vf load16(const void* data, int64_t i) {
+    if constexpr (KIND == F32) {
+        return load(static_cast<const float*>(data) + i);
+    } else if constexpr (KIND == BF16) {
+        vh raw;
+        std::memcpy(&raw, static_cast<const uint16_t*>(data) + i, sizeof raw);
+        vu wide = __builtin_convertvector(raw, vu) << 16;
+        vf x;
+        std::memcpy(&x, &wide, sizeof x);
+        return x;
+    } else {
+        vb raw;
+        std::memcpy(&raw, static_cast<const int8_t*>(data) + i, sizeof raw);
+        return __builtin_convertvector(__builtin_convertvector(raw, vi), vf);
+    }
+}
+
+template <int KIND>
+inline float load1(const void* data, int64_t i) {
+    if constexpr (KIND == F32) return static_cast<const float*>(data)[i];
+    if constexpr (KIND == BF16) return from_bf16(static_cast<const uint16_t*>(data)[i]);
+    return static_cast<const int8_t*>(data)[i];
+}
+
+// e^x to about 1e-7, 0 below -87.
+inline vf exp16(vf x) {
+    const vf low = spread(-87.0f);
+    vi under = x < low;
+    x = under ? low : x;
+    vf n = x * 1.44269504f;
+    const vf magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    n = (n + magic) - magic;
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = spread(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
+    vf power;
+    std::memcpy(&power, &bits, sizeof power);
+    return under ? vf{} : p * power;
+}
+
+inline void ask(const char* at) {
+    __builtin_prefetch(at + FAR, 0, 2);
+    __builtin_prefetch(at + NEAR, 0, 3);
+}
+
+// NB rows of x times one weight row; two sums a row, so that adds do not wait for each other.
+template <int KIND, int NB>
+inline void dot(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* out) {
+    const int64_t cols = m.cols;
+    constexpr int64_t BYTES = KIND == F32 ? 4 : KIND == BF16 ? 2 : 1;
+    const char* data = static_cast<const char*>(m.data) + row * cols * BYTES;
+    vf even[NB], odd[NB];
+    for (int b = 0; b < NB; b++) even[b] = odd[b] = vf{};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= cols; i += 2 * LANES) {
+        for (int64_t line = 0; line < 2 * LANES * BYTES; line += 64) ask(data + i * BYTES + line);
+        vf w0 = load16<KIND>(data, i), w1 = load16<KIND>(data, i + LANES);
+        for (int b = 0; b < NB; b++) {
+            even[b] += w0 * load(x + b * ldx + i);
+            odd[b] += w1 * load(x + b * ldx + i + LANES);
+        }
+    }
+    for (int b = 0; b < NB; b++) {
+        float total = sum(even[b] + odd[b]);
+        for (int64_t j = i; j < cols; j++) total += load1<KIND>(data, j) * x[b * ldx + j];
+        if constexpr (KIND == I8) total *= static_cast<const float*>(m.scale)[row];
+        out[b] = total;
+    }
+}
+
+const vf NIBBLES = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+// As above with int4. x is padded with zeros to whole blocks.
+template <int NB>
+inline void dot4(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* out) {
+    const int64_t blocks = (m.cols + BLOCK - 1) / BLOCK;
+    const char* data = static_cast<const char*>(m.data) + row * blocks * 64;
+    const uint16_t* scale = static_cast<const uint16_t*>(m.scale) + row * blocks * (BLOCK / GROUP);
+    vf even[NB], odd[NB];
+    for (int b = 0; b < NB; b++) even[b] = odd[b] = vf{};
+    for (int64_t i = 0; i < blocks; i++) {
+        vu packed;
+        std::memcpy(&packed, data + i * 64, sizeof packed);
+        ask(data + i * 64);
+        for (int group = 0; group < BLOCK / GROUP; group++) {
+            const vf s = spread(from_bf16(scale[i * (BLOCK / GROUP) + group]));
+            vf w0 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group))) * s;
+            vf w1 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group + 4))) * s;
+            const float* at = x + i * BLOCK + group * GROUP;
+            for (int b = 0; b < NB; b++) {
+                even[b] += w0 * load(at + b * ldx);
+                odd[b] += w1 * load(at + b * ldx + LANES);
+            }
+        }
+    }
+    for (int b = 0; b < NB; b++) out[b] = sum(even[b] + odd[b]);
+}
+
+template <int KIND, int NB>
+inline void product(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* out) {
+    if constexpr (KIND == I4)
+        dot4<NB>(m, row, x, ldx, out);
+    else
+        dot<KIND, NB>(m, row, x, ldx, out);
+}
+
+template <int KIND>
+void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < m.rows; row++) {
+        const float bias = m.bias ? m.bias[row] : 0.0f;
+        float out[8];
+        int64_t b = 0;
+        for (; b + 8 <= B; b += 8) {
+            product<KIND, 8>(m, row, x + b * ldx, ldx, out);
+            for (int i = 0; i < 8; i++) y[(b + i) * ldy + row] = out[i] + bias;
+        }
+        for (; b + 4 <= B; b += 4) {
+            product<KIND, 4>(m, row, x + b * ldx, ldx, out);
+            for (int i = 0; i < 4; i++) y[(b + i) * ldy + row] = out[i] + bias;
+        }
+        for (; b < B; b++) {
+            product<KIND, 1>(m, row, x + b * ldx, ldx, out);
+            y[b * ldy + row] = out[0] + bias;
+        }
+    }
+}
+
+// y [B, rows] = x [B, cols] W^T + bias, by all threads, which wait for each other at the end.
+void linear(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
+    switch (m.kind) {
+        case F32: return linear_of<F32>(m, B, x, ldx, y, ldy);
+        case BF16: return linear_of<BF16>(m, B, x, ldx, y, ldy);
+        case I8: return linear_of<I8>(m, B, x, ldx, y, ldy);
+        case I4: return linear_of<I4>(m, B, x, ldx, y, ldy);
+    }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t B, int64_t C, int64_t ld, float* out) {
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < B; b++) {
+        const float* row = x + b * ld;
+        vf squares{};
+        int64_t i = 0;
+        for (; i + LANES <= C; i += LANES) squares += load(row + i) * load(row + i);
+        float total = sum(squares);
+        for (; i < C; i++) total += row[i] * row[i];
+        const float inverse = 1.0f / std::sqrt(total / C + eps);
+        for (i = 0; i < C; i++) out[b * ld + i] = row[i] * inverse * weight[i];
+    }
+}
+
+template <int KIND>
+inline float dot_key(const float* q, const void* k, int64_t at, int64_t D) {
+    vf total{};
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) total += load(q + d) * load16<KIND>(k, at + d);
+    float out = sum(total);
+    for (; d < D; d++) out += q[d] * load1<KIND>(k, at + d);
+    return out;
+}
+
+// One chunk of keys [start, end) for the G query heads of one kv head: peak, total and acc [D] a head.
+template <int KIND>
+void attend(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t start, int64_t end,
+            int64_t G, int64_t D, float scale, float* part) {
+    float scores[CHUNK + LANES];
+    for (int64_t g = 0; g < G; g++, part += D + 2) {
+        const int64_t n = end - start;
+        float peak = -INFINITY;
+        for (int64_t s = 0; s < n; s++) {
+            scores[s] = dot_key<KIND>(q + g * D, k, base + (start + s) * stride, D) * scale;
+            peak = scores[s] > peak || scores[s] != scores[s] ? scores[s] : peak;
+        }
+        for (int64_t s = n; s < n + LANES; s++) scores[s] = -INFINITY;
+        vf total{};
+        for (int64_t s = 0; s < n; s += LANES) {
+            vf weight = exp16(load(scores + s) - peak);
+            store(scores + s, weight);
+            total += weight;
+        }
+        part[0] = peak;
+        part[1] = sum(total);
+        float* acc = part + 2;
+        int64_t d = 0;
+        for (; d + LANES <= D; d += LANES) {
+            vf out{};
+            for (int64_t s = 0; s < n; s++) out += scores[s] * load16<KIND>(v, base + (start + s) * stride + d);
+            store(acc + d, out);
+        }
+        for (; d < D; d++) {
+            acc[d] = 0;
+            for (int64_t s = 0; s < n; s++) acc[d] += scores[s] * load1<KIND>(v, base + (start + s) * stride + d);
+        }
+    }
+}
+
+// out [B, H * D], rows ldo apart: each row attends to [start, end) of its cache row, chunk by chunk; an empty interval gives 0.
+template <int KIND>
+void attention_of(const Model& m, const Step& step, const Cache& cache, int64_t layer, const int64_t* starts,
+                  const int64_t* ends, int64_t longest, const float* q, int64_t ldq, float* out, int64_t ldo,
+                  float* parts) {
+    const int64_t B = step.rows, D = m.head_dim, G = m.heads / m.kv_heads;
+    const int64_t chunks = (longest + CHUNK - 1) / CHUNK, size = G * (D + 2);
+    const float scale = 1.0f / std::sqrt(float(D));
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t task = 0; task < B * m.kv_heads; task++) {
+        for (int64_t c = 0; c < chunks; c++) {
+            const int64_t b = task / m.kv_heads, h = task % m.kv_heads;
+            const int64_t start = starts[b] + c * CHUNK, end = start + CHUNK < ends[b] ? start + CHUNK : ends[b];
+            if (start >= end) continue;
+            const int64_t base = layer * cache.stride_layer + b * cache.stride_row + h * D;
+            attend<KIND>(q + b * ldq + h * G * D, cache.k, cache.v, base, cache.stride_slot, start, end, G, D, scale,
+                         parts + (task * chunks + c) * size);
+        }
+    }
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t head = 0; head < m.heads; head++) {
+            float* to = out + b * ldo + head * D;
+            const int64_t n = ends[b] - starts[b], used = n > 0 ? (n + CHUNK - 1) / CHUNK : 0;
+            const int64_t first = (b * m.kv_heads + head / G) * chunks;
+            float peak = -INFINITY, total = 0;
+            for (int64_t c = 0; c < used; c++) {
+                const float other = parts[(first + c) * size + head % G * (D + 2)];
+                peak = other > peak || other != other ? other : peak;
+            }
+            for (int64_t d = 0; d < D; d++) to[d] = 0;
+            for (int64_t c = 0; c < used; c++) {
+                const float* part = parts + (first + c) * size + head % G * (D + 2);
+                const float weight = std::exp(part[0] - peak);
+                total += weight * part[1];
+                for (int64_t d = 0; d < D; d++) to[d] += weight * part[2 + d];
+            }
+            for (int64_t d = 0; d < D && used; d++) to[d] /= total;
+        }
+    }
+}
+
+void attention(const Model& m, const Step& step, const Cache& cache, int64_t layer, const int64_t* starts,
+               const int64_t* ends, int64_t longest, const float* q, int64_t ldq, float* out, int64_t ldo, float* parts) {
+    if (cache.kind == F32)
+        attention_of<F32>(m, step, cache, layer, starts, ends, longest, q, ldq, out, ldo, parts);
+    else
+        attention_of<BF16>(m, step, cache, layer, starts, ends, longest, q, ldq, out, ldo, parts);
+}
+
+inline void put(const Cache& cache, void* side, int64_t at, float x) {
+    if (cache.kind == F32)
+        static_cast<float*>(side)[at] = x;
+    else
+        static_cast<uint16_t*>(side)[at] = to_bf16(x);
+}
+
+// Turns q and k in place by their row's angle and puts k and v into the cache.
+void rotate_and_keep(const Model& m, const Step& step, int64_t layer, float* qkv, int64_t ld) {
+    const int64_t D = m.head_dim, half = D / 2, turned = m.heads + m.kv_heads;
+    const Cache& cache = step.cache;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < step.rows; b++) {
+        if (!step.active[b]) continue;
+        const int64_t slot = layer * cache.stride_layer + b * cache.stride_row + step.position[b] * cache.stride_slot;
+        float* row = qkv + b * ld;
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = float(step.position[b]) * m.inv_freq[i];
+            const float cosine = std::cos(angle) * m.rope_scale, sine = std::sin(angle) * m.rope_scale;
+            for (int64_t h = 0; h < turned; h++) {
+                float &first = row[h * D + i], &second = row[h * D + i + half];
+                const float x = first, y = second;
+                first = x * cosine - y * sine;
+                second = y * cosine + x * sine;
+            }
+        }
+        for (int64_t i = 0; i < m.kv_heads * D; i++) {
+            put(cache, cache.k, slot + i, row[m.heads * D + i]);
+            put(cache, cache.v, slot + i, row[turned * D + i]);
+        }
+    }
+}
+
+void swiglu(const float* gate, const float* up, int64_t ld, int64_t B, int64_t n, float* out, int64_t ldo) {
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t b = 0; b < B; b++) {
+        for (int64_t block = 0; block < (n + 255) / 256; block++) {
+            int64_t i = block * 256;
+            const int64_t end = i + 256 < n ? i + 256 : n;
+            for (; i + LANES <= end; i += LANES) {
+                vf g = load(gate + b * ld + i);
+                store(out + b * ldo + i, g / (1.0f + exp16(-g)) * load(up + b * ld + i));
+            }
+            for (; i < end; i++) {
+                const float g = gate[b * ld + i];
+                out[b * ldo + i] = g / (1.0f + std::exp(-g)) * up[b * ld + i];
+            }
+        }
+    }
+}
+
+void gelu(const float* x, int64_t ld, int64_t B, int64_t n, float* out, int64_t ldo) {
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t i = 0; i < n; i++) {
+            const float value = x[b * ld + i];
+            out[b * ldo + i] = 0.5f * value * (1.0f + std::erf(value * 0.70710678118654752f));
+        }
+}
+
+inline int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+
+// Zeros behind the rows of what a matrix of n columns is multiplied with, where the last one was wider.
+void clear_behind(float* x, int64_t B, int64_t n, int64_t ld) {
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t i = n; i < padded(n); i++) x[b * ld + i] = 0;
+}
+
+// x += gate * branch on the rows that see something (every one where `sees` is null).
+void add(float* x, const float* branch, float gate, const uint8_t* sees, int64_t B, int64_t C, int64_t ld) {
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t i = 0; i < C; i++)
+            if (!sees || sees[b]) x[b * ld + i] += gate * branch[b * ld + i];
+}
+
+// Widths of the scratch arrays, whole blocks each, so that int4 finds zeros behind a row's end.
+struct Widths {
+    int64_t x, qkv, heads, wide, act;
+};
+
+Widths widths(const Model& m) {
+    int64_t wide = 0, act = 0;
+    for (int64_t i = 0; i < m.num_layers; i++) {
+        const Layer& l = m.layers[i];
+        const int64_t ffn = l.cross >= 0 && l.ffn != NONE ? l.ffn_out.cols : 0;
+        wide = wide > l.gate_up.rows ? wide : l.gate_up.rows;
+        wide = wide > 2 * ffn ? wide : 2 * ffn;
+        act = act > l.down.cols ? act : l.down.cols;
+        act = act > ffn ? act : ffn;
+    }
+    const int64_t qkv = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    return {padded(m.hidden), padded(qkv), padded(m.heads * m.head_dim), padded(wide), padded(act)};
+}
+
+int64_t scratch_floats(const Model& m, int64_t B, int64_t longest) {
+    const Widths w = widths(m);
+    const int64_t chunks = (longest + CHUNK - 1) / CHUNK;
+    return B * (3 * w.x + w.qkv + w.heads + w.wide + w.act + m.heads * chunks * (m.head_dim + 2));
+}
+
+// What the rows see: the slots of self-attention [0, lengths) and the image keys [starts, ends).
+struct Views {
+    const int64_t *zeros, *lengths, *starts, *ends;
+    const uint8_t* sees;
+    int64_t longest, longest_cross;
+};
+
+void run(const Model& m, const Step& step, const Views& views) {
+    const Widths w = widths(m);
+    const int64_t B = step.rows, C = m.hidden;
+    float* x = step.scratch;
+    float* normed = x + B * w.x;
+    float* branch = normed + B * w.x;
+    float* qkv = branch + B * w.x;
+    float* heads = qkv + B * w.qkv;
+    float* wide = heads + B * w.heads;
+    float* act = wide + B * w.wide;
+    float* parts = act + B * w.act;
+
+    auto gated = [&](const Layer& l) {
+        rms_norm(x, l.cross_norm, m.eps, B, C, w.x, normed);
+        linear(l.cross_q, B, normed, w.x, qkv, w.qkv);
+        attention(m, step, step.cross, l.cross, views.starts, views.ends, views.longest_cross, qkv, w.qkv, heads,
+                  w.heads, parts);
+        linear(l.cross_o, B, heads, w.heads, branch, w.x);
+        add(x, branch, l.gate, views.sees, B, C, w.x);
+        if (l.ffn == NONE) return;
+        const int64_t n = l.ffn_out.cols;
+        rms_norm(x, l.ffn_norm, m.eps, B, C, w.x, normed);
+        linear(l.ffn_in, B, normed, w.x, wide, w.wide);
+        if (l.ffn == SWIGLU) {
+            linear(l.ffn_up, B, normed, w.x, wide + w.wide / 2, w.wide);
+            swiglu(wide, wide + w.wide / 2, w.wide, B, n, act, w.act);
+        } else {
+            gelu(wide, w.wide, B, n, act, w.act);
+        }
+        clear_behind(act, B, n, w.act);
+        linear(l.ffn_out, B, act, w.act, branch, w.x);
+        add(x, branch, l.ffn_gate, views.sees, B, C, w.x);
+    };
+
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t i = 0; i < C; i++) {
+            const int64_t at = step.token[b] * C + i;
+            x[b * w.x + i] = m.embed.kind == F32 ? load1<F32>(m.embed.data, at) : load1<BF16>(m.embed.data, at);
+        }
+    for (int64_t i = 0; i < m.num_layers; i++) {
+        const Layer& l = m.layers[i];
+        const bool sees = l.cross >= 0 && step.intervals;
+        if (sees && l.before) gated(l);
+        rms_norm(x, l.input_norm, m.eps, B, C, w.x, normed);
+        linear(l.qkv, B, normed, w.x, qkv, w.qkv);
+        rotate_and_keep(m, step, i, qkv, w.qkv);
+        attention(m, step, step.cache, i, views.zeros, views.lengths, views.longest, qkv, w.qkv, heads, w.heads, parts);
+        linear(l.o, B, heads, w.heads, branch, w.x);
+        add(x, branch, 1.0f, nullptr, B, C, w.x);
+        if (sees && !l.before) gated(l);
+        rms_norm(x, l.post_norm, m.eps, B, C, w.x, normed);
+        linear(l.gate_up, B, normed, w.x, wide, w.wide);
+        swiglu(wide, wide + l.gate_up.rows / 2, w.wide, B, l.down.cols, act, w.act);
+        clear_behind(act, B, l.down.cols, w.act);
+        linear(l.down, B, act, w.act, branch, w.x);
+        add(x, branch, 1.0f, nullptr, B, C, w.x);
+    }
+    rms_norm(x, m.norm, m.eps, B, C, w.x, normed);
+    linear(m.head, B, normed, w.x, step.logits, m.vocab);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats of scratch that a step of `rows` rows needs, none of them attending to more than `longest` keys.
+int64_t nvlm_scratch(const Model* model, int64_t rows, int64_t longest) {
+    return scratch_floats(*model, rows, longest);
+}
+
+// longest: slots that any row attends to, at most. scratch: zeros at first, then left alone between steps.
+void nvlm_step(const Model* model, const Step* step, int64_t threads) {
+    const int64_t B = step->rows;
+    std::vector<int64_t> zeros(B, 0), lengths(B), starts(B, 0), ends(B, 0);
+    std::vector<uint8_t> sees(B, 0);
+    int64_t longest = 0, longest_cross = 0;
+    for (int64_t b = 0; b < B; b++) {
+        lengths[b] = step->active[b] ? step->position[b] + 1 : 0;
+        longest = lengths[b] > longest ? lengths[b] : longest;
+        if (!step->intervals || !step->active[b]) continue;
+        starts[b] = step->intervals[2 * b];
+        ends[b] = step->intervals[2 * b + 1];
+        sees[b] = ends[b] > starts[b];
+        longest_cross = ends[b] - starts[b] > longest_cross ? ends[b] - starts[b] : longest_cross;
+    }
+    const Views views{zeros.data(), lengths.data(), starts.data(), ends.data(), sees.data(), longest, longest_cross};
+#pragma omp parallel num_threads(int(threads))
+    run(*model, *step, views);
+}
+
+// y [B, rows] = x [B, cols] W^T + bias. x has rows of `ldx` floats, whole blocks of zeros behind them for int4.
+void nvlm_linear(const Matrix* matrix, int64_t B, const float* x, int64_t ldx, float* y, int64_t threads) {
+#pragma omp parallel num_threads(int(threads))
+    linear(*matrix, B, x, ldx, y, matrix->rows);
+}
+
+// The sum of n floats, n a multiple of 64 * threads: how fast this machine reads.
+float nvlm_read(const float* data, int64_t n, int64_t threads) {
+    float total = 0;
+#pragma omp parallel num_threads(int(threads)) reduction(+ : total)
+    {
+        vf sums[4] = {};
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n / (4 * LANES); i++)
+            for (int lane = 0; lane < 4; lane++) sums[lane] += load(data + (4 * i + lane) * LANES);
+        total += sum(sums[0] + sums[1] + (sums[2] + sums[3]));
+    }
+    return total;
+}
+}
