@@ -3,27 +3,28 @@
 N tiles, P tokens a tile, H heads, D head_dim.
 
 On a CUDA device, in fp32, under autograd and for short tiles: torch's attention in the inputs' dtype. For bf16 tiles
-of 256 tokens or more on a CPU without AMX: torch's attention in fp32, rounded once at the end. torch's bf16 attention
-there makes P * P probabilities in bf16 and multiplies with `vdpbf16ps`; of that instruction such a core issues one
-every other cycle, a quarter of the rate of fp32's multiply-add (104 against 214 GFLOP/s a core). Measured with
-2 threads on AVX512 (best of 9, ms, casts and copies included):
+of 256 tokens or more on a CPU without AMX: torch's attention in fp32, rounded once at the end. The bf16 product there
+is `vdpbf16ps`; the core measured issues a quarter as many of it as of fp32's multiply-add (1.63 against 6.69 G a
+second: 104 against 214 GFLOP/s). With 2 threads of that AVX512 core, medians of 9, ms, casts and copies included:
 
     N, H, P, D          bf16    fp32
-    1, 16, 1025, 64     26.7    18.3
-    1, 25, 1025, 128     161     112
-    1, 16, 577, 64      19.4    14.8
-    1, 16, 257, 64      1.87    1.52
-    1, 5, 65, 32        0.05    0.06
+    1, 16, 1025, 64     33.9    25.0
+    7, 16, 1025, 64      269     224
+    1, 25, 1025, 128    94.6    69.0
+    1, 16, 577, 64      15.3    10.5
+    1, 16, 257, 64      2.31    2.23
+    1, 5, 65, 32        0.07    0.09
 
-Routes that lost to it there: bmm, softmax, bmm in bf16 (30, four times the error) or fp32 (21), whole, a head or 32
-to 257 rows at a time. A core with AMX multiplies bf16 eight times as fast and keeps bf16.
+Slower at the first shape: bmm, softmax, bmm in fp32, 1 to 8 heads at a time (28.7 to 40.0 where this took 24.1), or in
+bf16 (31 to 42 where torch's bf16 took 30, at four times its error). A core with AMX has another product for bf16, which
+was not measured here: it keeps bf16.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_TOKENS = 256  # below it the casts cost what fp32 wins
+MIN_TOKENS = 256  # measured: 257 tokens gain, 65 lose
 
 
 def computes_in_fp32(q: Tensor) -> bool:
