@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nvlm_kernels import add_rms_norm, layer_scale_residual, qk_norm, rms_norm
 from nvlm_runtime.config import VisionConfig
+from nvlm_runtime.vision_attention import attend
 
 
 class RMSNorm(nn.Module):
@@ -82,8 +83,7 @@ class Attention(nn.Module):
         if self.qk_normalization:
             q, k = qk_norm(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, H, P, D]
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v))
 
 
 class MLP(nn.Module):

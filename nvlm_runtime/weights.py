@@ -260,8 +260,11 @@ def save(
 
     dtype: of the files, the parameters' own when None. run_dtype: what config.json asks a loader to compute in, the
     files' when None. Every file is written under a temporary name first. An index and shards that stood in the
-    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints.
+    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Raises ValueError
+    for a quantised model: the layout has no place for it.
     """
+    if any(buffer.dtype == torch.int8 for buffer in model.buffers()):
+        raise ValueError("save: expected floating weights, got a quantised model: save it before quantize_vision")
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
     entries = _entries(model)

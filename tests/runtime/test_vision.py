@@ -1,10 +1,14 @@
 """InternViT-6B's own flavour, which transformers does not have: norms over the whole width, LayerScale, padding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nvlm_kernels import pixel_shuffle
 from nvlm_runtime.vision import Block, InternViT, PatchEmbedding
+from nvlm_runtime.vision_attention import attend, computes_in_fp32
 from tests.runtime.small import VISION, randomise
 
 
@@ -94,3 +98,73 @@ def test_pixel_shuffle_rejects(shape):
         pixel_shuffle(torch.zeros(shape), "v2")
     with pytest.raises(ValueError, match="version"):
         pixel_shuffle(torch.zeros(1, 16, 4), "v3")
+
+
+def heads(num: int, tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """q, k, v [N, H, P, D] as the fused projection leaves them: strided. Logits of a few units, so that rows differ."""
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = 2 * torch.randn(num, tokens, 3 * num_heads * head_dim, generator=generator)
+    parts = qkv.to(dtype).chunk(3, dim=-1)
+    return tuple(t.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for t in parts)
+
+
+def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.fixture
+def no_amx(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1025, 16, 64), (1, 1025, 3, 128), (2, 256, 3, 32), (3, 257, 5, 8)], ids=["300m", "6b", "256", "odd"]
+)
+def test_attention_in_fp32_is_at_least_as_exact_as_eager(no_amx, shape):
+    q, k, v = heads(*shape, torch.bfloat16)
+    assert computes_in_fp32(q)
+    out, want = attend(q, k, v), eager(q.double(), k.double(), v.double())
+    error, eager_error = ((t.double() - want).abs().max() for t in (out, eager(q, k, v)))
+    assert out.dtype == torch.bfloat16 and out.is_contiguous()
+    assert error <= eager_error
+    # one rounding of the whole: half an ulp, and fp32's own error
+    assert ((out.double() - want).abs() <= want.abs() * 2**-8 + 1e-5).all()
+
+
+@pytest.mark.parametrize("tokens, dtype", [(255, torch.bfloat16), (257, torch.float32)], ids=["short", "fp32"])
+def test_attention_stays_torchs_elsewhere(no_amx, tokens, dtype):
+    q, k, v = heads(2, tokens, 3, 16, dtype)
+    assert not computes_in_fp32(q)
+    assert torch.equal(attend(q, k, v), eager(q, k, v))
+
+
+def test_attention_stays_torchs_under_autograd(no_amx):
+    q, k, v = (t.detach().requires_grad_() for t in heads(1, 257, 3, 16, torch.bfloat16))
+    out = attend(q, k, v)
+    assert torch.equal(out, eager(q, k, v))
+    out.float().square().sum().backward()
+    assert all(t.grad.abs().sum() > 0 for t in (q, k, v))
+    with torch.no_grad():
+        assert not torch.equal(attend(q, k, v), out), "without a gradient it is the other route"
+
+
+def test_attention_with_amx_stays_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    q, k, v = heads(1, 257, 3, 16, torch.bfloat16)
+    assert torch.equal(attend(q, k, v), eager(q, k, v))
+
+
+@pytest.mark.parametrize("flavour", ["6b", "300m"])
+def test_bf16_tower_is_as_exact_as_eager(no_amx, flavour):
+    config = replace(VISION, image_size=128)  # 257 tokens
+    if flavour == "300m":
+        config = replace(config, norm_type="layer_norm", qk_normalization=False, qkv_bias=True, num_dummy_heads=0)
+    tower = randomise(InternViT(config)).bfloat16()
+    pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with_gradient = tower(pixels).detach()  # autograd keeps torch's bf16 attention
+    with torch.no_grad():
+        out = tower(pixels)
+        want = tower.double()(pixels.double())
+    assert not torch.equal(out, with_gradient)
+    error, eager_error = ((t.double() - want).square().mean().sqrt() for t in (out, with_gradient))
+    assert error <= 1.1 * eager_error  # the roundings around attention are alike and random
