@@ -16,6 +16,15 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--graphs", action="store_true", help="static stages, captured into CUDA graphs on a GPU")
 
 
+def _style_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--style",
+        choices=("hf", "megatron", "template"),
+        default="hf",
+        help="how turns are written; template is the checkpoint's own (default: %(default)s)",
+    )
+
+
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
@@ -74,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=name)
     for command in (ask, chat):
         _model_options(command)
+        _style_option(command)
         _sampling_options(command)
     for command in (ask, chat, info, evaluate):
         _json_option(command)

@@ -95,7 +95,7 @@ def ask(args: argparse.Namespace) -> int:
     *images, prompt = args.words
     params = _params(args)
     model, console = _load(args), Console()
-    prepared = model.prepare(prompt, images)
+    prepared = model.prepare(prompt, images, style=args.style)
     stream = model.complete(prepared, params)
     if args.json:
         for _ in stream:
@@ -135,7 +135,8 @@ def chat(args: argparse.Namespace) -> int:
                 continue
             content = [{"type": "image"}] * len(waiting) + [{"type": "text", "text": ("\n" if waiting else "") + line}]
             turn = [*messages, {"role": "user", "content": content}]
-            stream = model.complete(model.prepare(messages=turn, images=images + waiting), params)
+            prepared = model.prepare(messages=turn, images=images + waiting, style=args.style)
+            stream = model.complete(prepared, params)
         except (ValueError, OSError) as error:
             if not interactive:
                 raise

@@ -30,6 +30,7 @@ from nvlm_runtime.request import STAGES, Output, Picture, Prepared, Row, check_i
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.slots import Slots
 from nvlm_runtime.stages import Stages
+from nvlm_runtime.template import ChatTemplate
 from nvlm_runtime.tokenizer import TextStream, Tokenizer
 from nvlm_runtime.weights import DTYPES, load, read_json
 
@@ -84,6 +85,7 @@ class Stream:
 class NVLM:
     """A loaded model: `load`, then `generate`, `stream`, `generate_batch`, `encode_image`, `logits`.
 
+    template: the checkpoint's own, for style "template".
     chunk: prompt tokens read at a time. image_cache_bytes: of handles of the pictures seen last. reuse: a prompt that
     begins as the last one did, text and images, starts from its keys and values. deterministic: an answer's bits do not
     depend on what else runs or ran, at the price of batching and of reuse. graphs: static stages only, captured into
@@ -98,6 +100,7 @@ class NVLM:
         model: NVLMModel,
         tokenizer: Tokenizer,
         *,
+        template: ChatTemplate | None = None,
         chunk: int = 512,
         image_cache_bytes: int = 256 * 2**20,
         reuse: bool = True,
@@ -110,9 +113,12 @@ class NVLM:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
         if image_cache_bytes < 0:
             raise ValueError(f"image_cache_bytes must be at least 0, got {image_cache_bytes}")
+        if graphs and native:
+            raise ValueError("graphs and native exclude each other: static stages are PyTorch's")
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
+        self.template = template
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.chunk = chunk
@@ -159,6 +165,7 @@ class NVLM:
         tokenizer = Tokenizer.load(folder)
         for special in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>"):
             tokenizer.special(special)
+        template = ChatTemplate.load(folder)
         model, _ = load(folder, device, dtype)
         model.language_model.attention = attention
         if tokenizer.vocab_size > model.config.text.vocab_size:
@@ -166,7 +173,7 @@ class NVLM:
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
                 f"{model.config.text.vocab_size} rows"
             )
-        return cls(model, tokenizer, **options)
+        return cls(model, tokenizer, template=template, **options)
 
     def prepare(
         self,
@@ -180,6 +187,7 @@ class NVLM:
         """A request made ready: exactly one of prompt, messages and input_ids; images are paths, PIL images or arrays.
 
         `<image>` in a prompt stands for a picture; without one, pictures come first. input_ids are used as they are.
+        style: "hf", "megatron", or "template", the checkpoint's own chat template, which is never taken unasked.
         Raises ValueError (FileNotFoundError for a path) on everything the model could not answer rightly.
         """
         if sum(given is not None for given in (prompt, messages, input_ids)) != 1:
@@ -197,7 +205,7 @@ class NVLM:
         plans = [picture.plan for picture in pictures]
         if input_ids is None:
             messages = [{"role": "user", "content": prompt}] if messages is None else messages
-            built = build_prompt(self.tokenizer, config, messages, plans, style=style)
+            built = build_prompt(self.tokenizer, config, messages, plans, style=style, template=self.template)
             ids, blocks = built.input_ids, built.blocks
         else:
             ids = check_ids(input_ids, config.text.vocab_size)

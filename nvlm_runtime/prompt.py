@@ -10,6 +10,7 @@ of <|vision_pad|> a tile. The variants differ by `config.routing` only:
 Style "hf" tokenises the whole string, split only at special tokens and slots, so `<Image><tile_1>` shares a "><" token.
 Style "megatron" tokenises each tag alone and puts a newline after every <|im_end|>. X tags follow one another as text,
 so there they are always tokenised alone: every sub-token then belongs to one tile.
+Style "template" writes the turns as the checkpoint's chat template does, and pictures as "hf" does.
 Sources: NVLM paper sections 4.2 to 4.5; the NVLM-D-72B chat() template; Megatron-LM examples/multimodal.
 """
 
@@ -18,13 +19,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nvlm_runtime.config import NVLMConfig, TagFormat
+from nvlm_runtime.template import ChatTemplate
 from nvlm_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # only the type: this file needs no picture library
     from nvlm_runtime.image import TilePlan
 
-Style = Literal["hf", "megatron"]
+Style = Literal["hf", "megatron", "template"]
 Span = tuple[int, int]
+Turn = tuple[str, list[str | None]]  # role and parts; a part is a text or `PICTURE`
 DEFAULT_SYSTEM = "Answer the questions."
 PLACEHOLDER = "<image>"
 OPEN, CLOSE = "<Image>", "</Image>"
@@ -95,21 +98,38 @@ def build_prompt(
     *,
     style: Style = "hf",
     generation: bool = True,
+    template: ChatTemplate | None = None,
 ) -> Prompt:
     """`[system] user (assistant user)*` in the ChatML form NVLM was trained on; `generation` opens an assistant turn.
 
     `content` is a string, in which a user's `<image>` stands for a picture, or a list of {"type": "text", "text": ...}
     and {"type": "image"}, whose text is always literal. No system message means `DEFAULT_SYSTEM`; one with None or ""
     means none. With pictures but no place for them, `<image>\\n` for each opens the first user turn (HF's chat()).
-    ValueError if the places and `plans` differ in number, for a role out of order, or for a part it does not know.
+    Style "template" leaves BOS, and what no system message means, to `template`; a system message is passed as it is.
+    ValueError if the places and `plans` differ in number, for a role out of order, for a part it does not know, for
+    style "template" without one, and for what `ChatTemplate.render` refuses.
     """
-    if style not in ("hf", "megatron"):
-        raise ValueError(f"style must be hf or megatron, got {style!r}")
-    turns = _turns(messages, len(plans), generation)
+    if style not in ("hf", "megatron", "template"):
+        raise ValueError(f"style must be hf, megatron or template, got {style!r}")
+    if style == "template" and template is None:
+        raise ValueError("style template needs a chat template, and this checkpoint has none")
+    system, turns = _turns(messages, len(plans), generation)
     writer = _Writer(tokenizer, config, isolate_tags=style == "megatron" or config.routing.decoder == "none")
+    if style == "template":
+        _write_template(writer, turns if system is None else [("system", system), *turns], plans, template, generation)
+    else:
+        system = [DEFAULT_SYSTEM] if system is None else system
+        _write_chatml(writer, [("system", system), *turns] if "".join(system) else turns, plans, style, generation)
+    writer.put(())
+    return Prompt(tuple(writer.ids), tuple(writer.blocks))
+
+
+def _write_chatml(
+    writer: "_Writer", turns: Sequence[Turn], plans: Sequence["TilePlan"], style: Style, generation: bool
+) -> None:
     remaining = iter(plans)
-    if config.bos_token is not None:
-        writer.special(config.bos_token)
+    if writer.config.bos_token is not None:
+        writer.special(writer.config.bos_token)
     for role, parts in turns:
         writer.special("<|im_start|>")
         writer.text(f"{role}\n")
@@ -123,8 +143,26 @@ def build_prompt(
     if generation:
         writer.special("<|im_start|>")
         writer.text("assistant\n")
-    writer.put(())
-    return Prompt(tuple(writer.ids), tuple(writer.blocks))
+
+
+def _write_template(
+    writer: "_Writer", turns: Sequence[Turn], plans: Sequence["TilePlan"], template: ChatTemplate, generation: bool
+) -> None:
+    """Special tokens are looked for in the template's own words alone. Text joins its neighbours before it is cut."""
+    remaining = iter(plans)
+    for piece in template.render(turns, generation):
+        if piece.text is PICTURE:
+            writer.image(next(remaining))
+        elif not piece.own:
+            writer.text(piece.text)
+        elif "<|vision_pad|>" in piece.text:
+            raise ValueError("the chat template writes <|vision_pad|>, which only a picture may")
+        else:
+            for part in writer.tokenizer.split(piece.text):
+                if isinstance(part, str):
+                    writer.text(part)
+                else:
+                    writer.put((part,))
 
 
 def find_blocks(
@@ -259,9 +297,9 @@ def _stands_at(tokenizer: Tokenizer, ids: list[int], start: int, run: tuple[int,
 
 def _turns(
     messages: Sequence[Mapping[str, Any]], num_plans: int, generation: bool
-) -> list[tuple[str, list[str | None]]]:
-    """Role and parts of every turn, system included; a part is a text or `PICTURE`."""
-    system, turns = [DEFAULT_SYSTEM], []
+) -> tuple[list[str | None] | None, list[Turn]]:
+    """The parts of the system message, None without one, and the turns after it."""
+    system, turns = None, []
     for number, message in enumerate(messages, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
         if role not in ("system", "user", "assistant"):
@@ -283,7 +321,7 @@ def _turns(
     for role, parts in turns:
         if role == "user" and PICTURE not in parts and not "".join(parts).strip():
             raise ValueError("a user turn has neither text nor an image")
-    return [("system", system), *turns] if "".join(system) else turns
+    return system, turns
 
 
 def _parts(number: int, role: str, content: Any) -> list[str | None]:

@@ -1,12 +1,14 @@
 """Text to token ids and back, by the `tokenizers` library, from any of `FILES`.
 
 Text is only ever text: the name of a special token inside it is encoded as ordinary characters, so nobody who types
-"<|im_end|>" can end a turn. The id of a special token comes from `special(name)` alone, by its name, because published
-files disagree on the numbers. Sources: Qwen's tokenization_qwen.py and the Qwen2 tokenizer.json (pattern, NFC, ids).
+"<|im_end|>" can end a turn. The id of a special token comes from `special(name)`, by its name, because published files
+disagree on the numbers, or from `split`, which is for what a chat template wrote. Sources: Qwen's tokenization_qwen.py
+and the Qwen2 tokenizer.json (pattern, NFC, ids).
 """
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +52,9 @@ class Tokenizer:
         self._backend = backend
         self._special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self._special_ids = frozenset(self._special.values())
+        # a name with a blank in it is not looked for: the blank could be a user's, see template.py
+        names = [name for name in self._special if not re.search(r"\s", name)]
+        self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
     @classmethod
@@ -101,6 +106,15 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=False).ids
         except TypeError as error:
             raise ValueError(f"encode needs Unicode text, got {text!r:.60}") from error
+
+    def split(self, text: str) -> list[str | int]:
+        """Trusted `text` cut at the names of special tokens: the texts between them, none empty, and their ids."""
+        parts: list[str | int] = []
+        end = 0
+        for match in self._names.finditer(text):
+            parts += [text[end : match.start()], self._special[match.group()]]
+            end = match.end()
+        return [part for part in (*parts, text[end:]) if part != ""]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens, and ids above the vocabulary (padding of an embedding), are skipped."""

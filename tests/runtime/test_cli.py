@@ -22,7 +22,7 @@ def run(capsys, *argv):
 
 def test_help_imports_no_torch():
     code = "import sys; from nvlm_runtime.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'numpy', 'PIL', 'rich', 'triton'} & set(sys.modules), sorted(sys.modules)"
+    code += "assert not {'torch', 'numpy', 'PIL', 'rich', 'triton', 'jinja2'} & set(sys.modules), sorted(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ask" in done.stdout and "chat" in done.stdout and "info" in done.stdout
@@ -77,6 +77,7 @@ def test_chat(capsys, monkeypatch, tmp_path):
         (["ask", RECEIPT, "What?", "--model", str(ROOT / "tests")], "no config.json"),
         (["ask", RECEIPT, "<image> <image>"], "2 places for images, but there are 1"),
         (["ask", "What?", "--temperature", "-1"], "temperature"),
+        (["ask", "What?", "--style", "template"], "needs a chat template, and this checkpoint has none"),
         (["info", "nothing"], "unknown model 'nothing'"),
         (["info", "micro-d", "--draw", "x.png"], "--draw needs a picture"),
         (["eval", "micro", "--variant", "d", "--model", "micro-x"], "NVLM-X, not -D"),
