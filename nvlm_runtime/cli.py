@@ -13,6 +13,13 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     parser.add_argument("--no-compile", action="store_true", help="decode in plain PyTorch, without a C++ compiler")
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        default=[],
+        metavar="PART=METHOD",
+        help="vision=int8_dynamic; decoder, cross, head = int8 or int4 weights",
+    )
     parser.add_argument("--graphs", action="store_true", help="static stages, captured into CUDA graphs on a GPU")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,21 @@ from nvlm_runtime.weights import parameter_counts, read_json
 
 
 def _load(args: argparse.Namespace) -> NVLM:
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    return NVLM.load(args.model, args.device, dtype, native=False if args.no_compile else None, graphs=args.graphs)
+    return NVLM.load(
+        args.model,
+        args.device,
+        getattr(torch, args.dtype) if args.dtype else None,
+        native=False if args.no_compile else None,
+        graphs=args.graphs,
+        quantize=_scheme(args.quantize),
+    )
+
+
+def _scheme(entries: Sequence[str]) -> dict[str, str]:
+    """`--quantize PART=METHOD ...` as `quantize.quantize` takes it."""
+    if wrong := [entry for entry in entries if entry.count("=") != 1]:
+        raise ValueError(f"--quantize takes PART=METHOD, got {wrong[0]!r}")
+    return dict(entry.split("=") for entry in entries)
 
 
 def _params(args: argparse.Namespace) -> GenerationParams:

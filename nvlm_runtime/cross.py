@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nvlm_kernels import gated_project, tanh_gated_add, tile_attention
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.vision import RMSNorm
+from nvlm_runtime.weight_only import dense_weight
 
 
 def sinusoids(start: int, length: int, width: int, device: torch.device) -> Tensor:
@@ -75,7 +76,7 @@ class GatedCrossAttention(nn.Module):
         q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))
         sees = intervals[..., 1] > intervals[..., 0]
         out = tile_attention(q, k, v, intervals)
-        x = gated_project(out.flatten(2), self.o_proj.weight, x, self.gate, sees)
+        x = gated_project(out.flatten(2), dense_weight(self.o_proj, x.dtype), x, self.gate, sees)
         if self.ffn == "none":
             return x
         branch = torch.where(sees[..., None], self._feed_forward(self.ffn_norm(x)), 0)

@@ -26,6 +26,7 @@ from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
+from nvlm_runtime.quantize import quantize as quantize_model
 from nvlm_runtime.request import STAGES, Output, Picture, Prepared, Row, check_ids
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.slots import Slots
@@ -91,7 +92,8 @@ class NVLM:
     depend on what else runs or ran, at the price of batching and of reuse. graphs: static stages only, captured into
     CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way. native: decode on a CPU
     by the C++ step, built at first use and kept in `cache_folder` (the user's cache where it is None); None is yes
-    where the model is on a CPU in float32 or bfloat16 and a compiler is there.
+    where the model is on a CPU in float32 or bfloat16 and a compiler is there. quantize: parts to methods, in place,
+    as `quantize.quantize` takes them.
     Raises ValueError where native decoding is asked for and cannot be, BuildError where its compiler fails.
     """
 
@@ -108,6 +110,7 @@ class NVLM:
         graphs: bool = False,
         native: bool | None = None,
         cache_folder: str | Path | None = None,
+        quantize: Mapping[str, str] | None = None,
     ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
@@ -115,6 +118,8 @@ class NVLM:
             raise ValueError(f"image_cache_bytes must be at least 0, got {image_cache_bytes}")
         if graphs and native:
             raise ValueError("graphs and native exclude each other: static stages are PyTorch's")
+        if quantize:
+            quantize_model(model, quantize)
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer

@@ -15,6 +15,7 @@ from nvlm_kernels import native
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.cross import GatedCrossAttention
 from nvlm_runtime.decoder import Decoder, Layer
+from nvlm_runtime.weight_only import Int4Linear, Int8Linear
 
 KINDS = {torch.float32: native.KIND_F32, torch.bfloat16: native.KIND_BF16}
 FFNS = {"none": 0, "swiglu": 1, "gelu4x": 2}
@@ -125,8 +126,17 @@ class NativeDecoder:
             found.ffn_in = self._linear(f"{name}.fc1", cross.fc1)
             found.ffn_out = self._linear(f"{name}.fc2", cross.fc2)
 
-    def _linear(self, name: str, linear: nn.Linear) -> native.Matrix:
-        return self._matrix(name, linear.weight, linear.bias)
+    def _linear(self, name: str, linear: nn.Module) -> native.Matrix:
+        if not isinstance(linear, Int8Linear | Int4Linear):
+            return self._matrix(name, linear.weight, linear.bias)
+        data, kind = (
+            (linear.weight, native.KIND_INT8) if isinstance(linear, Int8Linear) else (linear.packed, native.KIND_INT4)
+        )
+        self._kept += [data, linear.scale]
+        bias = self._vector(linear.bias) if linear.bias is not None else None
+        return native.Matrix(
+            data.data_ptr(), linear.scale.data_ptr(), bias, linear.out_features, linear.in_features, kind
+        )
 
     def _matrix(self, name: str, weight: Tensor, bias: Tensor | None = None) -> native.Matrix:
         if weight.device.type != "cpu" or weight.dtype not in KINDS:

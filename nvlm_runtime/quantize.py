@@ -1,4 +1,6 @@
-"""8-bit linears for the vision tower on a CPU.
+"""What of a model is quantised, and how: weights alone for decoding, weights and activations for the vision tower.
+
+`weight_only` has the linears of the first kind. Those of the second, for a CPU:
 
 M rows, K in features, L out features. With w the bf16 or fp32 weight [L, K]:
 
@@ -9,6 +11,7 @@ M rows, K in features, L out features. With w the bf16 or fp32 weight [L, K]:
 The sum is exact in int32; everything else is fp32, rounded once to x's dtype. Bound: flops (`torch._int_mm`).
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.vision import InternViT
+from nvlm_runtime.weight_only import WEIGHT_ONLY
 
 Method = Literal["int8_dynamic"]
 METHODS = ("int8_dynamic",)
@@ -76,3 +80,44 @@ def quantize_vision(model: NVLMModel | InternViT, method: Method) -> None:
     made = [Int8DynamicLinear(getattr(part, name)) for part, name in found]  # all or none
     for (part, name), layer in zip(found, made, strict=True):
         setattr(part, name, layer)
+
+
+# a part's linears: their names end in one of these
+PARTS = {
+    "decoder": ("qkv_proj", "self_attn.o_proj", "gate_up_proj", "mlp.down_proj"),
+    "cross": tuple(
+        f"cross_attn.{name}" for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+    ),
+    "head": ("lm_head",),
+}
+
+
+def quantize(model: NVLMModel, scheme: Mapping[str, str]) -> None:
+    """Replaces linears of the model in place, part by part.
+
+    scheme: "vision" to "int8_dynamic"; "decoder", "cross" and "head" to "int8" or "int4", weights alone. What is not
+    named keeps its dtype; so do norms, biases, embeddings (a tied head is parted from its own), the projector and the
+    image keys' projections, which are used once an image. Raises ValueError for another part or method, for a part the
+    model does not have or that is quantised already, and for weights that are not finite; nothing is changed then.
+    """
+    for part, method in scheme.items():
+        methods = METHODS if part == "vision" else tuple(WEIGHT_ONLY)
+        if part != "vision" and part not in PARTS:
+            raise ValueError(f"quantize: part must be one of vision, {', '.join(PARTS)}, got {part!r}")
+        if method not in methods:
+            raise ValueError(f"quantize: {part} can be {', '.join(methods)}, got {method!r}")
+    made = []
+    for part, method in scheme.items():
+        if part == "vision":
+            continue
+        parents = dict(model.language_model.named_modules())
+        found = [name for name, child in parents.items() if name.endswith(PARTS[part]) and isinstance(child, nn.Linear)]
+        if not found:
+            raise ValueError(f"quantize: the model has no floating linears in {part}")
+        for name in found:
+            parent, _, attribute = name.rpartition(".")
+            made.append((parents[parent], attribute, WEIGHT_ONLY[method](parents[name])))
+    if "vision" in scheme:
+        quantize_vision(model, scheme["vision"])
+    for parent, attribute, layer in made:
+        setattr(parent, attribute, layer)

@@ -191,7 +191,6 @@ inline void dot(const Matrix& m, int64_t row, const float* x, int64_t ldx, float
     for (int b = 0; b < NB; b++) {
         float total = sum(even[b] + odd[b]);
         for (int64_t j = i; j < cols; j++) total += load1<KIND>(data, j) * x[b * ldx + j];
-        if constexpr (KIND == I8) total *= static_cast<const float*>(m.scale)[row];
         out[b] = total;
     }
 }
@@ -232,24 +231,31 @@ inline void product(const Matrix& m, int64_t row, const float* x, int64_t ldx, f
         dot<KIND, NB>(m, row, x, ldx, out);
 }
 
+// The row's sum with its scale and bias. fma is named: left to itself, the compiler would fuse in some batches only.
+template <int KIND>
+inline float finish(const Matrix& m, int64_t row, float total) {
+    const float bias = m.bias ? m.bias[row] : 0.0f;
+    if constexpr (KIND == I8) return std::fma(total, static_cast<const float*>(m.scale)[row], bias);
+    return total + bias;
+}
+
 template <int KIND>
 void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < m.rows; row++) {
-        const float bias = m.bias ? m.bias[row] : 0.0f;
         float out[8];
         int64_t b = 0;
         for (; b + 8 <= B; b += 8) {
             product<KIND, 8>(m, row, x + b * ldx, ldx, out);
-            for (int i = 0; i < 8; i++) y[(b + i) * ldy + row] = out[i] + bias;
+            for (int i = 0; i < 8; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
         }
         for (; b + 4 <= B; b += 4) {
             product<KIND, 4>(m, row, x + b * ldx, ldx, out);
-            for (int i = 0; i < 4; i++) y[(b + i) * ldy + row] = out[i] + bias;
+            for (int i = 0; i < 4; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
         }
         for (; b < B; b++) {
             product<KIND, 1>(m, row, x + b * ldx, ldx, out);
-            y[b * ldy + row] = out[0] + bias;
+            y[b * ldy + row] = finish<KIND>(m, row, out[0]);
         }
     }
 }
