@@ -48,12 +48,13 @@ class Eager:
 
     def first(self, picture: Image.Image, question: str) -> tuple[float, float]:
         began = time.perf_counter()
-        given = answer(self.model, self.engine.prepare(question, [picture]), 1)
+        prepared = self.engine.prepare(question, [picture])
+        given = answer(self.model, prepared, 1, self.engine.tokenizer.vocab_size)
         return time.perf_counter() - began, sum(given.timings[stage] for stage in ("tile", "encode", "project"))
 
     @torch.inference_mode()
     def steps(self, batch: int, context: int, num: int) -> Iterator[float]:
-        rows = PlainRows(self.model, batch, context + num)
+        rows = PlainRows(self.model, batch, context + num, self.engine.tokenizer.vocab_size)
         rows.pretend(context)
         for _ in range(num):
             began = time.perf_counter()

@@ -70,11 +70,13 @@ def project(model: NVLMModel, features: Tensor) -> Tensor:
 
 
 class PlainRows:
-    """B rows of one length, decoding greedily on a cache of `capacity` slots."""
+    """B rows of one length, decoding greedily on a cache of `capacity` slots. vocab_size: of the tokenizer, as the
+    embedding's padding rows are never drawn.
+    """
 
-    def __init__(self, model: NVLMModel, batch: int, capacity: int):
+    def __init__(self, model: NVLMModel, batch: int, capacity: int, vocab_size: int):
         weight = model.language_model.embed_tokens.weight
-        self.decoder = model.language_model
+        self.decoder, self.vocab_size = model.language_model, vocab_size
         self.cache = KVCache.allocate(model.config.text, batch, capacity, weight.device, weight.dtype)
         self.token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.length = 0
@@ -85,7 +87,7 @@ class PlainRows:
         self.length = x.shape[1]
         positions = torch.arange(self.length, device=x.device).expand(len(x), -1)
         hidden = self.decoder.prefill(x, positions, self.cache, view)
-        self.token = self.decoder.logits(hidden[:, -1]).argmax(-1)
+        self._draw(hidden[:, -1])
         if view is not None:
             after = torch.tensor([layout.after for layout in layouts], device=x.device)
             self.view = CrossView(view.kv, after[:, None])
@@ -101,13 +103,16 @@ class PlainRows:
         positions = torch.full((len(self.token), 1), self.length, device=self.token.device)
         x = self.decoder.embed_tokens(self.token[:, None])
         hidden = self.decoder.decode(x, positions, self.cache, self.length + 1, self.view)
-        self.token = self.decoder.logits(hidden[:, 0]).argmax(-1)
+        self._draw(hidden[:, 0])
         self.length += 1
+
+    def _draw(self, hidden: Tensor) -> None:
+        self.token = self.decoder.logits(hidden)[:, : self.vocab_size].argmax(-1)
 
 
 @torch.inference_mode()
-def answer(model: NVLMModel, prepared: Prepared, num_tokens: int) -> PlainAnswer:
-    """The first `num_tokens` tokens of a greedy answer, end tokens among them.
+def answer(model: NVLMModel, prepared: Prepared, num_tokens: int, vocab_size: int) -> PlainAnswer:
+    """The first `num_tokens` tokens of a greedy answer, end tokens among them. vocab_size: of the tokenizer.
 
     Raises ValueError for less than one token, more than the context holds, and for images given as handles.
     """
@@ -138,7 +143,7 @@ def answer(model: NVLMModel, prepared: Prepared, num_tokens: int) -> PlainAnswer
     spent("project", began)
     began = time.perf_counter()
     ids = torch.tensor([prepared.input_ids], device=weight.device)
-    rows = PlainRows(model, 1, ids.shape[1] + num_tokens)
+    rows = PlainRows(model, 1, ids.shape[1] + num_tokens, vocab_size)
     rows.prefill(model.embed(ids, [prepared.layout], [images]), view, [prepared.layout])
     token_ids, seconds = rows.token.tolist(), []
     spent("prefill", began)

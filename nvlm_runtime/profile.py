@@ -78,14 +78,18 @@ def profile_request(
         return stream.output
 
     output = ours()
-    steps = len(output.token_seconds)
+    num_tokens = len(output.token_seconds) + 1
+
+    def plain() -> dict[str, float]:
+        prepared = engine.prepare(prompt, images)
+        return prepared.timings | answer(engine.model, prepared, num_tokens, engine.tokenizer.vocab_size).timings
+
+    plain()
     engine_times: list[dict[str, float]] = []
     plain_times: list[dict[str, float]] = []
-    answer(engine.model, engine.prepare(prompt, images), steps + 1)
     for _ in range(rounds):
         engine_times.append(ours().timings)
-        prepared = engine.prepare(prompt, images)
-        plain_times.append(prepared.timings | answer(engine.model, prepared, steps + 1).timings)
+        plain_times.append(plain())
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if engine.device.type == "cuda" else [])
     with profile(activities=activities) as trace:
         output = ours()
