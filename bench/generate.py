@@ -367,8 +367,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(tuple(args.only or PARTS), args.rounds, args.steps, contexts, batches)
     size = engine.config.vision.image_size
     tiles = plan_tiles(3 * size, 2 * size, size, engine.config.min_tiles, engine.config.max_tiles)
+    load = os.getloadavg()[0]  # of a minute before: who else was at work
     values = card(engine.model, engine.tokenizer, tiles, engine.dtype)
-    print(f"{name}, {engine.dtype}, {torch.get_num_threads()} threads\n{show_card(values)}\n", flush=True)
+    where = f"{name}, {engine.dtype}, {torch.get_num_threads()} threads, load {load:.1f} before"
+    print(f"{where}\n{show_card(values)}\n", flush=True)
     if args.against:
         rows = measure_variants(engines, plan, args.image)
     else:
@@ -378,7 +380,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         row["part"] = part_of(row, bool(args.against))
     result = {"setting": setting(), "dtype": str(engine.dtype).removeprefix("torch."), "card": values}
-    result |= {"rounds": plan.rounds, "steps": plan.steps, "rows": rows}
+    result |= {"load": load, "rounds": plan.rounds, "steps": plan.steps, "rows": rows}
     print(show(rows))
     if args.json:
         save(args.json, name, ("variants",) if args.against else plan.parts, result)

@@ -49,11 +49,13 @@ def speed(result: dict[str, Any]) -> str:
     limited = any("limit" in row for row in rows)
     settings = [part["setting"] for part in parts]
     roofs = [part["card"]["read_gb_per_s"] for part in parts]
+    loads = [part["load"] for part in parts]
     head = ["", *contestants, *(["memory's limit"] if limited else [])]
     lines = [
         f"`{result['model']}`, {_only(part['dtype'] for part in parts)}, {_only(s['cpu'] for s in settings)}, "
         f"{_only(s['cpu_threads'] for s in settings)} threads, torch {_only(s['torch'] for s in settings)}, "
-        f"memory {min(roofs):.0f} to {max(roofs):.0f} GB/s, commit {_only(s['commit'] for s in settings)}:",
+        f"memory {min(roofs):.0f} to {max(roofs):.0f} GB/s, load before {min(loads):.1f} to {max(loads):.1f}, "
+        f"commit {_only(s['commit'] for s in settings)}:",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
