@@ -98,8 +98,10 @@ class Ours:
         for row in rows:
             batch.admit(row)
         try:
-            while any(row.token_seconds == [] for row in rows):
-                batch.advance()
+            while not all(row.token_seconds for row in rows):
+                for row, _ in batch.advance():
+                    if row.error is not None:
+                        raise row.error
             for _ in range(num):
                 began = time.perf_counter()
                 progress = batch.advance()
