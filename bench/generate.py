@@ -44,7 +44,7 @@ CONTEXTS, BATCHES, BATCH_CONTEXT = (128, 1024, 8192), (1, 2, 4, 8, 16), 128
 QUESTION_TOKENS = 100
 UNITS = {
     "tile_ms": "ms a tile, of pictures of so many tiles",
-    "first_token_s": "s to the first token, 7 tiles and 100 tokens of text; the image new, or a handle",
+    "first_token_s": "s to the first token of tiles and a question of 100 tokens; the image new, or a handle",
     "token_ms": "ms a token behind so many tokens",
     "tokens_per_s": f"tokens a second of so many rows, each behind {BATCH_CONTEXT} tokens",
     "working_mb": "MB resident above weights and caches, at the most, from a new image to the first token",
@@ -138,13 +138,14 @@ def measure_first(players: dict[str, Contestant], engine: NVLM, rounds: int, fil
             peak = peak_bytes(run) if index == 0 else run()
             seconds, seen = found[0]
             prepared = engine.prepare(words, [picture])
-            times.add("first_token_s", name, "new", seconds)
-            times.add("tile_ms", name, prepared.plans[0].num_tiles, 1e3 * seen / prepared.plans[0].num_tiles)
+            tiles = prepared.plans[0].num_tiles
+            times.add("first_token_s", name, f"{tiles} tiles, new", seconds)
+            times.add("tile_ms", name, tiles, 1e3 * seen / tiles)
             if peak is not None:
                 caches = cache_bytes(config, 1, len(prepared.input_ids), prepared.layout.cross_length, engine.dtype)
-                times.add("working_mb", name, "new", max(0, peak - caches) / 1e6)
+                times.add("working_mb", name, f"{tiles} tiles, new", max(0, peak - caches) / 1e6)
             if name in handles:
-                times.add("first_token_s", name, "handle", player.first(handles[name], words)[0])
+                times.add("first_token_s", name, f"{tiles} tiles, handle", player.first(handles[name], words)[0])
 
 
 def measure_steps(
@@ -222,7 +223,8 @@ def measure_variants(engines: dict[str, NVLM], plan: Plan, file: Path | None) ->
         for name, player in players.items():
             # a text before the image that changes, so that no prefix is found again
             other = f"{time.time_ns()} <image> {words}"
-            times.add("first_token_s", name, "handle", player.first(handles[name], other)[0])
+            at = f"{plan_of_it.num_tiles} tiles, handle"
+            times.add("first_token_s", name, at, player.first(handles[name], other)[0])
     for _ in range(plan.rounds):
         for name, player in players.items():
             seconds = list(player.steps_of([requests[name]], plan.steps + 1))[1:]

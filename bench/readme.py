@@ -11,10 +11,10 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: python -m bench.readme -->", "<!-- /speed -->"
 NAMES = {
     "tile_ms": "ms a tile, {at} in the picture",
-    "first_token_s": "first token, s, image {at}",
+    "first_token_s": "first token, s, {at}",
     "token_ms": "ms a token behind {at} tokens",
     "tokens_per_s": "tokens/s, {at} rows",
-    "working_mb": "MB above weights and caches, image {at}",
+    "working_mb": "MB above weights and caches, {at}",
     "startup_s": "start to first token of `nvlm ask`, s, {at}",
 }
 
