@@ -1,6 +1,7 @@
 """Tables for people, JSON lines for everything else, and what they were measured with."""
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -11,15 +12,36 @@ import torch
 import triton
 
 RESULTS = Path(__file__).with_name("results")
+ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", "OMP_PROC_BIND", "OMP_NUM_THREADS", "NVLM_KERNELS")  # what moves a CPU's times
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" behind it when files differ; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The checkout's commit, with "-dirty" behind it when code differs; "unknown" outside a checkout."""
+    root = Path(__file__).parents[1]
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True)
+
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        name = git("describe", "--always", "--abbrev=12").stdout.strip()
+        # results and the text made of them differ while a bench writes one after the other
+        differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if differs.stdout.strip() else name
+
+
+def cpu() -> str | None:
+    """The processor's name, None where Linux does not tell it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else ()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def huge_pages() -> str | None:
+    """The kernel's setting for transparent huge pages: always, madvise or never."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.read_text().split("[")[1].split("]")[0] if path.exists() else None
 
 
 def setting() -> dict[str, Any]:
@@ -29,6 +51,8 @@ def setting() -> dict[str, Any]:
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or torch.version.hip}
     else:
         found |= {"gpu": None, "cpu_threads": torch.get_num_threads()}
+    found |= {"cpu": cpu(), "cpus": os.cpu_count(), "huge_pages": huge_pages()}
+    found |= {"environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}}
     return found | {"commit": commit()}
 
 

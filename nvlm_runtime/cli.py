@@ -66,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to plan")
     info.add_argument("--draw", metavar="FILE", help="save the first picture with its tiles drawn on it")
 
+    profile = commands.add_parser(
+        "profile",
+        help="one request stage by stage, beside plain PyTorch",
+        usage="nvlm profile [IMAGE ...] PROMPT [options]",
+    )
+    profile.add_argument("words", nargs="+", metavar="[IMAGE ...] PROMPT", help="picture files, then the question")
+    profile.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    profile.add_argument("--rounds", type=int, default=3, help="runs the medians are of (default: %(default)s)")
+    profile.add_argument("--trace", metavar="FILE.json", help="save the profiler's trace, for Perfetto or Chrome")
+    profile.add_argument("--png", metavar="FILE", help="save the stages as bars (needs matplotlib)")
+
     train = commands.add_parser("train", help="train a micro model from seeds")
     train.add_argument("task", choices=("micro",))
     train.add_argument("--variant", choices=("d", "x", "h"), required=True)
@@ -86,13 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--open-mask", action="store_true", help="NVLM-X: let every tile tag see every tile")
     evaluate.add_argument("--blank-tiles", action="store_true", help="keep only the thumbnail's pixels")
 
-    for name, command in (("ask", ask), ("chat", chat), ("info", info), ("train", train), ("evaluate", evaluate)):
+    runs = {"ask": ask, "chat": chat, "info": info, "profile_stages": profile, "train": train, "evaluate": evaluate}
+    for name, command in runs.items():
         command.set_defaults(run=name)
-    for command in (ask, chat):
+    for command in (ask, chat, profile):
         _model_options(command)
+    for command in (ask, chat):
         _style_option(command)
         _sampling_options(command)
-    for command in (ask, chat, info, evaluate):
+    for command in (ask, chat, info, profile, evaluate):
         _json_option(command)
     return parser
 

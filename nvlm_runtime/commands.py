@@ -16,13 +16,14 @@ from nvlm_runtime.config import NVLMConfig, from_hf
 from nvlm_runtime.engine import NVLM, Stream, checkpoint_folder
 from nvlm_runtime.image import TilePlan, draw_plan, open_image, plan_tiles
 from nvlm_runtime.presets import PRESETS
+from nvlm_runtime.profile import StageTime, check_matplotlib, draw_stages, profile_request
 from nvlm_runtime.prompt import tile_tags
 from nvlm_runtime.request import Output
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.weights import parameter_counts, read_json
 
 
-def _load(args: argparse.Namespace) -> NVLM:
+def _load(args: argparse.Namespace, **options: Any) -> NVLM:
     return NVLM.load(
         args.model,
         args.device,
@@ -30,6 +31,7 @@ def _load(args: argparse.Namespace) -> NVLM:
         native=False if args.no_compile else None,
         graphs=args.graphs,
         quantize=_scheme(args.quantize),
+        **options,
     )
 
 
@@ -216,6 +218,44 @@ def info(args: argparse.Namespace) -> int:
     console.print(table)
     for plan in plans:
         _print_plan(console, plan, config)
+    return 0
+
+
+def _print_stages(console: Console, stages: tuple[StageTime, ...]) -> None:
+    table = Table("stage", "ms", "share", "eager's ms", "times faster", "most of it in")
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    for stage in stages:
+        table.add_row(
+            stage.stage,
+            f"{1e3 * stage.seconds:.1f}",
+            f"{stage.share:.0%}",
+            f"{1e3 * stage.plain_seconds:.1f}",
+            f"{stage.ratio:.2f}" if stage.ratio else "-",
+            ", ".join(f"{name} {share:.0%}" for name, share in stage.ops[:2]),
+        )
+    ours, plain = (sum(getattr(stage, name) for stage in stages) for name in ("seconds", "plain_seconds"))
+    table.add_row("total", f"{1e3 * ours:.1f}", "100%", f"{1e3 * plain:.1f}", f"{plain / ours:.2f}", "")
+    console.print(table)
+
+
+def profile_stages(args: argparse.Namespace) -> int:
+    *images, prompt = args.words
+    params = GenerationParams(max_new_tokens=args.max_new_tokens)
+    if args.png:
+        check_matplotlib()
+    model = _load(args, reuse=False, image_cache_bytes=0)
+    result = profile_request(model, prompt, images, params, args.rounds)
+    if args.trace:
+        result.trace.export_chrome_trace(args.trace)
+    if args.png:
+        draw_stages(result.stages, f"{args.model}, {args.rounds} rounds", Path(args.png))
+    if args.json:
+        values = _values(result.output, model.config)
+        values["stages"] = [asdict(stage) | {"ratio": stage.ratio} for stage in result.stages]
+        print(json.dumps(values))
+        return 0
+    _print_stages(Console(), result.stages)
     return 0
 
 

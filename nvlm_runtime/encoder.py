@@ -4,6 +4,7 @@ import threading
 import time
 
 import torch
+from torch.profiler import record_function
 
 from nvlm_runtime.cache import CrossKV
 from nvlm_runtime.handle import ImageCache, ImageHandle, fingerprint, picture_key
@@ -60,7 +61,8 @@ class ImageEncoder:
     def _encode(self, picture: Picture, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
         weight = self.model.language_model.embed_tokens.weight
         times = [time.perf_counter()]
-        pixel_values = picture.pixel_values.to(weight.device, weight.dtype)
+        with record_function("nvlm.tile"):
+            pixel_values = picture.pixel_values.to(weight.device, weight.dtype)
         times.append(time.perf_counter())
         features = self.stages.encode(pixel_values)
         self._wait(features)
@@ -86,7 +88,8 @@ class ImageEncoder:
         return ImageHandle(plan, picture_key(raw, plan), self.fingerprint, tokens, kv)
 
     def _keys_values(self, tokens: torch.Tensor, image: ImageLayout, start: int) -> CrossKV:
-        return self.model.language_model.cross_kv(self.model.key_embeds(image, tokens)[None], start)
+        with record_function("nvlm.project"):
+            return self.model.language_model.cross_kv(self.model.key_embeds(image, tokens)[None], start)
 
     @staticmethod
     def _wait(tensor: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from nvlm_kernels.native import Native, is_default, library
 from nvlm_runtime.attention import Attention, check_attention
@@ -205,7 +206,8 @@ class NVLM:
             raise ValueError("the prompt is empty")
         config = self.config
         start = time.perf_counter()
-        pictures = tuple(self._threads.map(self._picture, images))
+        with record_function("nvlm.open"):
+            pictures = tuple(self._threads.map(self._picture, images))
         opened = time.perf_counter() - start
         plans = [picture.plan for picture in pictures]
         if input_ids is None:

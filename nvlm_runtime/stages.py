@@ -1,13 +1,15 @@
 """The stages of a request as functions of static buffers: encode an image, a chunk of prompt, a decoding step.
 
 Each has one shape for what it is given: an image's tile count, a chunk's length, a batch's rows. None looks at a value
-on the device, so that each can be captured.
+on the device, so that each can be captured. A profiler sees each as a range, "nvlm.encode" and so on, named as its time
+in `Output.timings`.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from nvlm_kernels.native import Native
 from nvlm_runtime.cache import CrossKV
@@ -52,11 +54,13 @@ class Stages:
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Tiles of one image [N, 3, S, S] to features [N, 4P, C]."""
-        return self.model.encode(pixel_values)
+        with record_function("nvlm.encode"):
+            return self.model.encode(pixel_values)
 
     def project(self, features: Tensor) -> Tensor:
         """Features to image tokens [N, P, C]."""
-        return self.model.project(features)
+        with record_function("nvlm.project"):
+            return self.model.project(features)
 
     def embed(self, input_ids: Tensor, where: Tensor, tokens: Tensor) -> Tensor:
         """A chunk's inputs [1, T, C]: token ids [T], with image tokens [n, C] at the places `where` [n]."""
@@ -71,12 +75,14 @@ class Stages:
         view = None
         if one.cross is not None and one.cross.k.shape[2]:
             view = CrossView(one.cross, intervals[None])
-        return self.model.language_model.decode(x, positions, one.cache, end, view)
+        with record_function("nvlm.prefill"):
+            return self.model.language_model.decode(x, positions, one.cache, end, view)
 
     def first(self, slots: Slots, row: int, hidden: Tensor, kind: Draw) -> None:
         """Draws a row's first token from the last hidden state of its prompt [1, C]; its position is set."""
         one = slots.rows(row, row + 1)
-        self._draw(one, self.model.language_model.logits(hidden), one.position, kind)
+        with record_function("nvlm.prefill"):
+            self._draw(one, self.model.language_model.logits(hidden), one.position, kind)
         one.active.fill_(True)
 
     def step(self, slots: Slots, num_rows: int, visible: int, sees: bool, kind: Draw) -> None:
@@ -86,8 +92,9 @@ class Stages:
         """
         alone = self.deterministic and self._native is None
         spans = [(i, i + 1) for i in range(num_rows)] if alone else [(0, num_rows)]
-        for start, end in spans:
-            self._step(slots.rows(start, end), visible, sees, kind)
+        with record_function("nvlm.decode"):
+            for start, end in spans:
+                self._step(slots.rows(start, end), visible, sees, kind)
 
     def _step(self, slots: Slots, visible: int, sees: bool, kind: Draw) -> None:
         logits = self._logits(slots, visible, sees)

@@ -41,8 +41,8 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """Buffers: packed int32 [L, blocks, 16], where nibble j of lane l of a block of 128 weights is weight 16 j + l, plus
-    8; scale bf16 [L, 4 blocks]; bias [L] or None. A last block that K does not fill holds zeros.
+    """Buffers: packed int32 [L, blocks, 16], where nibble j of lane l of a block of 128 weights is weight 16 j + l,
+    plus 8; scale bf16 [L, 4 blocks]; bias [L] or None. A last block that K does not fill holds zeros.
     Raises ValueError for weights not finite.
     """
 

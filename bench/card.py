@@ -1,0 +1,101 @@
+"""What a model weighs and what the machine can do: the bytes of a step, and the least time they take here.
+
+Bytes are read off the tensors. The two roofs are measured: a sum over memory that no cache holds, on every thread, and
+a large bf16 product.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.image import TilePlan
+from nvlm_runtime.layout import cross_pieces
+from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.prompt import tag_ids
+from nvlm_runtime.slots import cache_bytes
+from nvlm_runtime.tokenizer import Tokenizer
+
+READ_BYTES = 2**30
+GEMM_SIZE = 4096
+
+
+def weight_bytes(model: NVLMModel) -> dict[str, int]:
+    """Bytes of vision, projector, embedding, cross, layers (the decoder's, its norm too), head, and their total.
+
+    A head that shares the embedding's weight counts 0.
+    """
+    found = dict.fromkeys(("vision", "projector", "embedding", "cross", "layers", "head"), 0)
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[0] in ("vision_model", "mlp1"):
+            part = {"vision_model": "vision", "mlp1": "projector"}[parts[0]]
+        elif "cross_attn" in parts:
+            part = "cross"
+        else:
+            part = {"embed_tokens": "embedding", "lm_head": "head"}.get(parts[1], "layers")
+        found[part] += parameter.nbytes
+    return found | {"total": sum(found.values())}
+
+
+def token_bytes(config: NVLMConfig, dtype: torch.dtype) -> int:
+    """Of one position's keys and values."""
+    return cache_bytes(config, 1, 1, 0, dtype) - cache_bytes(config, 1, 0, 0, dtype)
+
+
+def image_key_bytes(config: NVLMConfig, tokenizer: Tokenizer, plan: TilePlan, dtype: torch.dtype) -> int:
+    """Of one image's keys and values in the gated layers; 0 in NVLM-D."""
+    if config.cross is None:
+        return 0
+    pieces = cross_pieces(config, plan.num_tiles, tag_ids(tokenizer, plan, config))
+    keys = sum(config.tokens_per_tile if isinstance(piece, int) else len(piece) for piece in pieces)
+    return cache_bytes(config, 1, 0, keys, dtype) - cache_bytes(config, 1, 0, 0, dtype)
+
+
+def step_bytes(model: NVLMModel, batch: int, context: int, dtype: torch.dtype) -> int:
+    """What a decoding step of text has to read: the decoder's layers and head once, each row's keys and values."""
+    weights = weight_bytes(model)
+    head = weights["head"] or weights["embedding"]
+    return weights["layers"] + head + batch * context * token_bytes(model.config, dtype)
+
+
+def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
+    run()
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def read_bandwidth(num_bytes: int = READ_BYTES, rounds: int = 5) -> float:
+    """Bytes a second of a sum over `num_bytes` on torch's threads, the median; numpy asks for huge pages."""
+    x = torch.from_numpy(np.ones(num_bytes // 4, np.float32))
+    return x.nbytes / statistics.median(_seconds(x.sum, rounds))
+
+
+def gemm_rate(size: int = GEMM_SIZE, rounds: int = 3) -> float:
+    """Flops a second of a square bf16 product, the median."""
+    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    return 2 * size**3 / statistics.median(_seconds(lambda: a @ b, rounds))
+
+
+def card(model: NVLMModel, tokenizer: Tokenizer, plan: TilePlan, dtype: torch.dtype) -> dict[str, Any]:
+    """plan: of the image that is asked for. floor_ms: of a step at no context, its bytes at the measured bandwidth."""
+    bandwidth, step = read_bandwidth(), step_bytes(model, 1, 0, dtype)
+    return {
+        "weight_bytes": weight_bytes(model),
+        "kv_bytes_a_token": token_bytes(model.config, dtype),
+        "image_key_bytes": image_key_bytes(model.config, tokenizer, plan, dtype),
+        "image_tiles": plan.num_tiles,
+        "step_bytes": step,
+        "read_gb_per_s": bandwidth / 1e9,
+        "floor_ms": 1e3 * step / bandwidth,
+        "ceiling_tokens_per_s": bandwidth / step,
+        "gemm_gflop_per_s": gemm_rate() / 1e9,
+    }
