@@ -1,0 +1,181 @@
+"""A decoding step on a CPU, route by route: python -m bench.decode [--shape ...] [--peers transformers]
+
+Every route has the same decoder behind a cache of noise: plain PyTorch, the native step on the dtype's weights, on int8
+and on int4, transformers' Qwen2. They take turns in one process, with a read of memory that no cache holds between
+them, so a share of the roof is of the speed this machine had at that moment. A step's bytes are the weights and the
+keys and values it reads, as they are stored.
+"""
+
+import argparse
+import copy
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import report
+from bench.card import READ_BYTES, token_bytes
+from bench.synthetic import SHAPES, random_model, shape_config
+from nvlm_kernels.native import library
+from nvlm_runtime.cache import KVCache
+from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.native import NativeDecoder
+from nvlm_runtime.quantize import quantize
+
+Run = Callable[[], None]
+CPU = torch.device("cpu")
+
+
+class Routes:
+    """The routes of one decoder; `run` gives a step of `batch` rows at a context."""
+
+    def __init__(self, model: NVLMModel, capacity: int, most: int, names: list[str]):
+        self.config, self.dtype = model.config, model.language_model.embed_tokens.weight.dtype
+        self.decoder = model.language_model
+        self.library = library()
+        self.cache = KVCache.allocate(model.config.text, most, capacity, CPU, self.dtype)
+        self.cache.k.normal_()
+        self.cache.v.normal_()
+        self.token = torch.arange(5, 5 + most)
+        self.active = torch.ones(most, dtype=torch.bool)
+        self.logits = torch.empty(most, model.config.text.vocab_size)
+        self.native, self.bytes = {}, {}
+        for name in names:
+            twin = model if name in ("plain", "native", "transformers") else self._quantised(model, name)
+            if name not in ("plain", "transformers"):
+                self.native[name] = NativeDecoder(twin.language_model, self.library)
+            self.bytes[name] = _read_once(twin)
+        self.peer = self._transformers(model) if "transformers" in names else None
+
+    @staticmethod
+    def _quantised(model: NVLMModel, kind: str) -> NVLMModel:
+        twin = copy.copy(model)
+        twin._modules = dict(model._modules)
+        twin.language_model = copy.deepcopy(model.language_model)
+        quantize(twin, {"decoder": kind, "head": kind})
+        return twin
+
+    def _transformers(self, model: NVLMModel):
+        from bench.transformers_peer import transformers_model
+
+        return transformers_model(model, 0)
+
+    def step_bytes(self, name: str, batch: int, context: int) -> int:
+        return self.bytes[name] + batch * context * token_bytes(self.config, self.dtype)
+
+    def run(self, name: str, batch: int, context: int) -> Run:
+        position = torch.full((batch,), context - 1)
+        cache, token = self.cache.rows(0, batch), self.token[:batch]
+        if name == "plain":
+            at = position[:, None]
+
+            def plain() -> None:
+                self.decoder.logits(
+                    self.decoder.decode(self.decoder.embed_tokens(token[:, None]), at, cache, context)[:, 0]
+                )
+
+            return plain
+        if name == "transformers":
+            return self._peer_step(batch, context)
+        logits, active = self.logits[:batch], self.active[:batch]
+        return lambda: self.native[name].step(token, position, active, cache, None, None, logits)
+
+    def _peer_step(self, batch: int, context: int) -> Run:
+        from transformers import DynamicCache
+
+        past, text = DynamicCache(), self.config.text
+        shape = (batch, text.num_key_value_heads, context - 1, text.head_dim)
+        for layer in range(text.num_hidden_layers):
+            past.update(torch.randn(shape).to(self.dtype), torch.randn(shape).to(self.dtype), layer)
+        model, ids = self.peer, self.token[:batch, None]
+
+        def step() -> None:
+            model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past.crop(-1)
+
+        return step
+
+
+def _read_once(model: NVLMModel) -> int:
+    """Bytes of the layers, the norm and the head; the embedding gives one row."""
+    head = model.language_model.lm_head
+    parts = [model.language_model.layers, model.language_model.norm, head]
+    return sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
+
+
+def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run, in turn, after one of each."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if number:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def spread(times: list[float]) -> tuple[float, float, float]:
+    p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
+    return p20, p50, p80
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b+internvit-300m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="at the first context")
+    parser.add_argument("--routes", nargs="+", default=["plain", "native", "int8", "int4"])
+    parser.add_argument("--peers", nargs="*", choices=("transformers",), default=[])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="default: bench/results/decode.json")
+    args = parser.parse_args()
+    names = [*args.routes, *args.peers]
+    model = random_model(shape_config(args.shape, "d"), getattr(torch, args.dtype))
+    routes = Routes(model, max(args.contexts) + 1, max(args.batches), names)
+    memory = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32))
+    threads = torch.get_num_threads()
+
+    def read() -> None:
+        routes.library.dll.nvlm_read(ctypes.c_void_p(memory.data_ptr()), memory.numel(), threads)
+
+    rows = []
+    cases = [(1, context) for context in args.contexts] + [(b, args.contexts[0]) for b in args.batches if b > 1]
+    for batch, context in cases:
+        runs = {name: routes.run(name, batch, context) for name in names}
+        times = measure({"read": read, **runs}, args.rounds)
+        roof = memory.nbytes / statistics.median(times["read"])
+        base = statistics.median(times[names[0]])
+        for name in names:
+            p20, p50, p80 = spread(times[name])
+            num_bytes = routes.step_bytes(name, batch, context)
+            rows.append(
+                {
+                    "route": name,
+                    "batch": batch,
+                    "context": context,
+                    "p20_ms": 1e3 * p20,
+                    "p50_ms": 1e3 * p50,
+                    "p80_ms": 1e3 * p80,
+                    "bytes": num_bytes,
+                    "read_gb_s": roof / 1e9,
+                    "share_of_read": num_bytes / p50 / roof,
+                    f"against_{names[0]}": base / p50,
+                }
+            )
+            print(f"{name} {batch} x {context}: {1e3 * p50:.1f} ms", flush=True)
+    head = ("route", "rows", "context", "p20", "p50", "p80 ms", "GB", "read GB/s", "share", f"x {names[0]}")
+    print(f"\n{args.shape}, {args.dtype}, {threads} threads")
+    cells = [(*[row[key] for key in list(row)[:6]], row["bytes"] / 1e9, *list(row.values())[7:]) for row in rows]
+    print(report.table(head, cells))
+    report.write(args.json, "decode", rows, args.shape != "qwen2-0.5b+internvit-300m")
+
+
+if __name__ == "__main__":
+    main()
