@@ -8,6 +8,9 @@
 // H heads, Hkv kv heads, D head size, S slots; matrices are [rows, cols], as torch's Linear keeps them.
 
 #include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -23,6 +26,7 @@ typedef float four __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
+typedef int16_t vs __attribute__((vector_size(32)));
 typedef int8_t vb __attribute__((vector_size(16)));
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
@@ -130,9 +134,15 @@ inline vf load16(const void* data, int64_t i) {
         std::memcpy(&x, &wide, sizeof x);
         return x;
     } else {
+        const int8_t* at = static_cast<const int8_t*>(data) + i;
+#ifdef __AVX512F__
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+        return vf(_mm512_cvtepi32_ps(wide));  // GCC 12 makes the conversions below from halves and inserts
+#else
         vb raw;
-        std::memcpy(&raw, static_cast<const int8_t*>(data) + i, sizeof raw);
-        return __builtin_convertvector(__builtin_convertvector(raw, vi), vf);
+        std::memcpy(&raw, at, sizeof raw);
+        return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(raw, vs), vi), vf);
+#endif
     }
 }
 
@@ -171,25 +181,42 @@ inline void ask(const char* at) {
     __builtin_prefetch(at + NEAR, 0, 3);
 }
 
-// NB rows of x times one weight row; two sums a row, so that adds do not wait for each other.
+// Sums that a weight row is added up in, so that adds do not wait for each other: a load of 64 bytes feeds two of bf16
+// and four of int8 or int4. As many for every NB, or a row's bits would depend on its batch.
+constexpr int sums_of(int kind) { return kind == F32 || kind == BF16 ? 2 : 4; }
+
+// Rows of x that share a weight row's pass: what their sums leave in 32 registers.
+constexpr int rows_of(int kind) { return 16 / sums_of(kind); }
+
+template <int N>
+inline float total_of(const vf (&sums)[N]) {
+    return N == 2 ? sum(sums[0] + sums[1]) : sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// NB rows of x times one weight row.
 template <int KIND, int NB>
 inline void dot(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* out) {
-    const int64_t cols = m.cols;
+    constexpr int N = sums_of(KIND);
     constexpr int64_t BYTES = KIND == F32 ? 4 : KIND == BF16 ? 2 : 1;
+    const int64_t cols = m.cols;
     const char* data = static_cast<const char*>(m.data) + row * cols * BYTES;
-    vf even[NB], odd[NB];
-    for (int b = 0; b < NB; b++) even[b] = odd[b] = vf{};
+    vf sums[NB][N];
+    for (int b = 0; b < NB; b++)
+        for (int n = 0; n < N; n++) sums[b][n] = vf{};
     int64_t i = 0;
-    for (; i + 2 * LANES <= cols; i += 2 * LANES) {
-        for (int64_t line = 0; line < 2 * LANES * BYTES; line += 64) ask(data + i * BYTES + line);
-        vf w0 = load16<KIND>(data, i), w1 = load16<KIND>(data, i + LANES);
-        for (int b = 0; b < NB; b++) {
-            even[b] += w0 * load(x + b * ldx + i);
-            odd[b] += w1 * load(x + b * ldx + i + LANES);
+    for (; i + N * LANES <= cols; i += N * LANES) {
+        for (int64_t line = 0; line < N * LANES * BYTES; line += 64) ask(data + i * BYTES + line);
+        for (int n = 0; n < N; n++) {
+            const vf w = load16<KIND>(data, i + n * LANES);
+            for (int b = 0; b < NB; b++) sums[b][n] += w * load(x + b * ldx + i + n * LANES);
         }
     }
+    for (; i + LANES <= cols; i += LANES) {
+        const vf w = load16<KIND>(data, i);
+        for (int b = 0; b < NB; b++) sums[b][0] += w * load(x + b * ldx + i);
+    }
     for (int b = 0; b < NB; b++) {
-        float total = sum(even[b] + odd[b]);
+        float total = total_of(sums[b]);
         for (int64_t j = i; j < cols; j++) total += load1<KIND>(data, j) * x[b * ldx + j];
         out[b] = total;
     }
@@ -203,24 +230,25 @@ inline void dot4(const Matrix& m, int64_t row, const float* x, int64_t ldx, floa
     const int64_t blocks = (m.cols + BLOCK - 1) / BLOCK;
     const char* data = static_cast<const char*>(m.data) + row * blocks * 64;
     const uint16_t* scale = static_cast<const uint16_t*>(m.scale) + row * blocks * (BLOCK / GROUP);
-    vf even[NB], odd[NB];
-    for (int b = 0; b < NB; b++) even[b] = odd[b] = vf{};
+    vf sums[NB][4];
+    for (int b = 0; b < NB; b++)
+        for (int n = 0; n < 4; n++) sums[b][n] = vf{};
     for (int64_t i = 0; i < blocks; i++) {
         vu packed;
         std::memcpy(&packed, data + i * 64, sizeof packed);
         ask(data + i * 64);
         for (int group = 0; group < BLOCK / GROUP; group++) {
             const vf s = spread(from_bf16(scale[i * (BLOCK / GROUP) + group]));
-            vf w0 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group))) * s;
-            vf w1 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group + 4))) * s;
+            const vf w0 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group))) * s;
+            const vf w1 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group + 4))) * s;
             const float* at = x + i * BLOCK + group * GROUP;
             for (int b = 0; b < NB; b++) {
-                even[b] += w0 * load(at + b * ldx);
-                odd[b] += w1 * load(at + b * ldx + LANES);
+                sums[b][group % 2 * 2] += w0 * load(at + b * ldx);
+                sums[b][group % 2 * 2 + 1] += w1 * load(at + b * ldx + LANES);
             }
         }
     }
-    for (int b = 0; b < NB; b++) out[b] = sum(even[b] + odd[b]);
+    for (int b = 0; b < NB; b++) out[b] = total_of(sums[b]);
 }
 
 template <int KIND, int NB>
@@ -243,15 +271,16 @@ template <int KIND>
 void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < m.rows; row++) {
-        float out[8];
+        constexpr int MOST = rows_of(KIND);
+        float out[MOST];
         int64_t b = 0;
-        for (; b + 8 <= B; b += 8) {
-            product<KIND, 8>(m, row, x + b * ldx, ldx, out);
-            for (int i = 0; i < 8; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
+        for (; b + MOST <= B; b += MOST) {
+            product<KIND, MOST>(m, row, x + b * ldx, ldx, out);
+            for (int i = 0; i < MOST; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
         }
-        for (; b + 4 <= B; b += 4) {
-            product<KIND, 4>(m, row, x + b * ldx, ldx, out);
-            for (int i = 0; i < 4; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
+        for (; b + 2 <= B; b += 2) {
+            product<KIND, 2>(m, row, x + b * ldx, ldx, out);
+            for (int i = 0; i < 2; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
         }
         for (; b < B; b++) {
             product<KIND, 1>(m, row, x + b * ldx, ldx, out);
