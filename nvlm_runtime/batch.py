@@ -143,6 +143,7 @@ class Batch:
 
     def _fill(self, slot: int, row: Row) -> Iterator[None]:
         """Reads a row's prompt from `num_reused` on; stops after each image and each chunk. Then the first draw."""
+        self.stages.refresh()
         slots, prepared, device = self.slots, row.prepared, self.slots.token.device
         ids = torch.tensor(prepared.input_ids, device=device)
         start = row.num_reused

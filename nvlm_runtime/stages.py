@@ -109,10 +109,13 @@ class Stages:
         x = decoder.embed_tokens(slots.token[:, None])
         return decoder.logits(decoder.decode(x, slots.position[:, None], slots.cache, visible, view)[:, 0])
 
-    def _native_logits(self, slots: Slots, sees: bool) -> Tensor:
-        if self.model.version != self._version:  # norms and gates were copied from weights that have changed since
+    def refresh(self) -> None:
+        """Before a request: takes anew what was copied of weights that have changed since."""
+        if self._native is not None and self.model.version != self._version:
             self._native = NativeDecoder(self.model.language_model, self._library)
             self._version = self.model.version
+
+    def _native_logits(self, slots: Slots, sees: bool) -> Tensor:
         logits = torch.empty(slots.num, self.model.config.text.vocab_size)
         intervals = slots.interval if sees else None
         self._native.step(slots.token, slots.position, slots.active, slots.cache, slots.cross, intervals, logits)
