@@ -2,7 +2,7 @@
 
 `admit` gives a request a slot; each `advance` reads a chunk of one waiting prompt and decodes a token of every row that
 is past its own. A row's answer does not depend on its neighbours. What a slot's cache holds stays when its row leaves:
-a request whose prompt begins alike, text and images, starts from there.
+a request whose prompt begins alike, text and images, starts from there while the weights are the same.
 """
 
 import itertools
@@ -28,6 +28,7 @@ class Batch:
         self.chunk, self.reuse = chunk, reuse
         self.rows: list[Row | None] = [None] * slots.num
         self._cached = [np.zeros((0, 4), np.int64)] * slots.num  # the keys of what each slot's cache holds
+        self._versions = [-1] * slots.num  # of the weights that each slot's cache was computed with
         self._filling: list[tuple[int, Iterator[None]]] = []
         self._positions = [0] * slots.num  # the host's copy of slots.position
 
@@ -38,6 +39,11 @@ class Batch:
     @property
     def is_idle(self) -> bool:
         return self.num_free == len(self.rows)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt is not read to its end yet."""
+        return bool(self._filling)
 
     def fits(self, row: Row) -> bool:
         """Whether the buffers are long enough for a request."""
@@ -55,10 +61,11 @@ class Batch:
                 f"the request needs {row.num_slots} slots and {row.prepared.layout.cross_length} image keys, "
                 f"the batch has {self.slots.capacity} and {self.slots.cross_capacity} a row"
             )
-        shared = {i: self.num_shared(i, row) for i in free}
+        version = self.stages.model.version
+        shared = {i: self.num_shared(i, row) if self._versions[i] == version else 0 for i in free}
         slot = max(free, key=lambda i: (shared[i], -len(self._cached[i]), -i))
         row.num_reused = shared[slot]
-        self.rows[slot], self._positions[slot] = row, 0
+        self.rows[slot], self._positions[slot], self._versions[slot] = row, 0, version
         self._filling.append((slot, self._fill(slot, row)))
 
     def num_shared(self, slot: int, row: Row) -> int:
@@ -101,12 +108,6 @@ class Batch:
                 row.finish("cancelled")
                 self._leave(slot)
 
-    def forget(self) -> None:
-        """Drops what the free slots hold, as when weights have changed."""
-        for slot, row in enumerate(self.rows):
-            if row is None:
-                self._cached[slot] = self._cached[slot][:0]
-
     @torch.inference_mode()
     def warmup(self) -> dict[str, float]:
         """Runs every stage that a request in these buffers can need. Returns seconds a phase: prefill, first, step.
@@ -115,7 +116,7 @@ class Batch:
         """
         if not self.is_idle:
             raise ValueError("a batch cannot be warmed up while it has rows")
-        self.forget()
+        self._versions = [-1] * self.slots.num
         stages, slots = self.stages, self.slots
         width, device = stages.model.config.text.hidden_size, slots.token.device
         sees = (False, True) if slots.cross_capacity else (False,)

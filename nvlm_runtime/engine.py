@@ -137,7 +137,6 @@ class NVLM:
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._lock = threading.Lock()
         self._idle: Batch | None = None  # the buffers of the last single request
-        self._idle_version = 0
         self._watch = CompileWatch()
         self.stages.built = lambda name: self._watch.saw(f"the stage {name!r} was built")
 
@@ -330,7 +329,7 @@ class NVLM:
     def _keep(self, batch: Batch) -> None:
         """For the next single request."""
         with self._lock:
-            before, self._idle, self._idle_version = self._idle, batch, self.model.version
+            before, self._idle = self._idle, batch
         if before is not None and before is not batch:
             before.close()
 
@@ -338,8 +337,6 @@ class NVLM:
         """A row in a batch of its own: the buffers of the last one, if they are free and long enough."""
         with self._lock:
             batch, self._idle = self._idle, None
-            if batch is not None and self._idle_version != self.model.version:
-                batch.forget()
         if batch is None or not batch.fits(row):
             if batch is not None:
                 batch.close()
@@ -379,19 +376,27 @@ class NVLM:
         From then on `compiles_after_warmup` counts what is compiled all the same, and each is a warning.
         """
         config, size = self.config, self.config.vision.image_size
-        plans = [TilePlan(c * size, r * size, c, r, size) for c, r in grids(config.min_tiles, config.max_tiles)]
         began = time.perf_counter()
-        for num_tiles in sorted({plan.num_tiles for plan in plans}):
+        for num_tiles in sorted({plan.num_tiles for plan in self._plans()}):
             pixel_values = torch.zeros(num_tiles, 3, size, size, device=self.device, dtype=self.dtype)
             self.stages.project(self.stages.encode(pixel_values))
         phases = {"encode": time.perf_counter() - began}
         began = time.perf_counter()
-        num_keys = max_images * max(self._lone_layout(plan).keys[1] for plan in plans)
-        batch = self.batch(1, min(max_tokens, config.text.context), num_keys)
+        batch = self.batch(1, min(max_tokens, config.text.context), max_images * self.max_image_keys)
         phases |= {"buffers": time.perf_counter() - began, **batch.warmup()}
         self._keep(batch)
         self._watch.start()
         return phases
+
+    @property
+    def max_image_keys(self) -> int:
+        """Image keys of the picture that has most of them; 0 in NVLM-D."""
+        return max(self._lone_layout(plan).keys[1] for plan in self._plans())
+
+    def _plans(self) -> list[TilePlan]:
+        """One of every grid."""
+        config, size = self.config, self.config.vision.image_size
+        return [TilePlan(c * size, r * size, c, r, size) for c, r in grids(config.min_tiles, config.max_tiles)]
 
     @property
     def compiles_after_warmup(self) -> int:

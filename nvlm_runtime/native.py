@@ -7,6 +7,7 @@ less than the eager step does.
 
 import ctypes
 import math
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class NativeDecoder:
         self._dll = library.dll
         self._kept: list[Tensor] = []  # what the pointers below point to
         self._scratch: dict[int, Tensor] = {}
+        self._lock = threading.Lock()  # of the scratch: batches may step in several threads
         config = decoder.config
         freqs, scale = decoder.rotary.frequencies(torch.device("cpu"))
         self._layers = (native.Layer * config.num_hidden_layers)(
@@ -71,18 +73,19 @@ class NativeDecoder:
         looked at here.
         """
         rows = len(token)
-        step = native.Step(
-            rows=rows,
-            token=token.data_ptr(),
-            position=position.data_ptr(),
-            intervals=intervals.data_ptr() if intervals is not None else None,
-            active=active.data_ptr(),
-            cache=_cache(cache.k, cache.v),
-            cross=_cache(cross.k, cross.v) if intervals is not None else native.Cache(),
-            logits=logits.data_ptr(),
-            scratch=self._room(rows, max(cache.capacity, cross.k.shape[2] if intervals is not None else 0)),
-        )
-        self._dll.nvlm_step(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
+        with self._lock:
+            step = native.Step(
+                rows=rows,
+                token=token.data_ptr(),
+                position=position.data_ptr(),
+                intervals=intervals.data_ptr() if intervals is not None else None,
+                active=active.data_ptr(),
+                cache=_cache(cache.k, cache.v),
+                cross=_cache(cross.k, cross.v) if intervals is not None else native.Cache(),
+                logits=logits.data_ptr(),
+                scratch=self._room(rows, max(cache.capacity, cross.k.shape[2] if intervals is not None else 0)),
+            )
+            self._dll.nvlm_step(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
 
     def _room(self, rows: int, longest: int) -> int:
         """Scratch for a batch size, zeros when it is new: what stands behind a row's end must be finite."""

@@ -156,6 +156,24 @@ def test_changed_weights_are_noticed(variant):
     assert model.generate("What is it?", [LARGE], **vars_of(6)).num_reused == 0
 
 
+@pytest.mark.parametrize("steps", [0, 4, 12], ids=["unread", "decoding", "gone"])
+def test_what_a_row_left_is_not_used_after_weights_changed_under_it(steps):
+    model = fresh("x")
+    batch = model.batch(1, 150, 64)
+    rows = [model.row(requests(model)[1], PARAMS) for _ in range(2)]
+    batch.admit(rows[0])
+    for _ in range(steps):
+        batch.advance()
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight.mul_(1.5)
+    while not batch.is_idle:
+        batch.advance()
+    batch.admit(rows[1])
+    while not batch.is_idle:
+        batch.advance()
+    assert rows[1].num_reused == 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_streams_may_interleave(variant):
     want = [fresh(variant).generate("What is it?", [LARGE], **vars_of(8)).text, None]
