@@ -30,6 +30,7 @@ def _load(args: argparse.Namespace, **options: Any) -> NVLM:
         getattr(torch, args.dtype) if args.dtype else None,
         native=False if args.no_compile else None,
         graphs=args.graphs,
+        check=args.check,
         quantize=_scheme(args.quantize),
         **options,
     )

@@ -20,6 +20,7 @@ from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.batch import Batch
 from nvlm_runtime.compiles import CompileWatch
 from nvlm_runtime.encoder import ImageEncoder
+from nvlm_runtime.finite import check_layers
 from nvlm_runtime.graphs import GraphStages
 from nvlm_runtime.handle import ImageCache, ImageHandle, picture_key
 from nvlm_runtime.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
@@ -94,7 +95,8 @@ class NVLM:
     CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way. native: decode on a CPU
     by the C++ step, built at first use and kept in `cache_folder` (the user's cache where it is None); None is yes
     where the model is on a CPU in float32 or bfloat16 and a compiler is there. quantize: parts to methods, in place,
-    as `quantize.quantize` takes them.
+    as `quantize.quantize` takes them. check: every layer is looked at, and a value that is not finite is an error that
+    names the first one to give it; slow.
     Raises ValueError where native decoding is asked for and cannot be, BuildError where its compiler fails.
     """
 
@@ -112,6 +114,7 @@ class NVLM:
         native: bool | None = None,
         cache_folder: str | Path | None = None,
         quantize: Mapping[str, str] | None = None,
+        check: bool = False,
     ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
@@ -119,8 +122,13 @@ class NVLM:
             raise ValueError(f"image_cache_bytes must be at least 0, got {image_cache_bytes}")
         if graphs and native:
             raise ValueError("graphs and native exclude each other: static stages are PyTorch's")
+        if check and (graphs or native):
+            raise ValueError("check looks at every layer in PyTorch: it excludes graphs and native")
         if quantize:
             quantize_model(model, quantize)
+        if check:
+            check_layers(model)
+            native = False
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer

@@ -20,7 +20,7 @@ from nvlm_runtime.graphs import Stage
 
 # what waits for the device, or makes a shape of its values
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose", "argwhere"}
-ASKING |= {"__bool__", "__int__", "__float__", "__index__", "__len__ of a value", "bincount", "unique_consecutive"}
+ASKING |= {"__bool__", "__int__", "__float__", "__index__", "bincount", "unique_consecutive"}
 FROM_HOST = {"tensor", "as_tensor", "from_numpy", "asarray"}
 ASKING_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "unique_dim"}
 
