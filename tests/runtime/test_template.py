@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from nvlm_runtime.cli import main
 from nvlm_runtime.engine import BUNDLED, NVLM
 from nvlm_runtime.prompt import build_prompt, find_blocks
-from nvlm_runtime.template import MAX_WRITTEN, ChatTemplate
+from nvlm_runtime.template import CONFIG_FILE, JINJA_FILE, JSON_FILE, MAX_WRITTEN, ChatTemplate
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.weights import save
 from tests.runtime.qwen import VOCABULARIES, qwen_tokenizer, tiny_tokenizer
@@ -116,6 +116,8 @@ def test_ids_are_those_of_transformers(family, conversation, generation):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=3, max_size=3))
 def test_any_text_is_tokenised_as_transformers_does(texts):
+    """But the names of special tokens, which forge there and not here."""
+    assume(all(qwen_tokenizer().split(text) in ([], [text]) for text in texts))
     roles = ("system", "user", "assistant")
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     if not texts[1].strip():
@@ -309,6 +311,8 @@ def test_contents(expression, want):
 def test_an_empty_text_is_false():
     messages = [{"role": "system", "content": ""}, *user("x")]
     assert own_text("{{ 'full' if messages[0].content else 'empty' }}{{ messages[1].content }}", messages) == "emptyx"
+    parts = "{{ messages[0].content | length }}{% for part in messages[1].content %}{{ part.text }}{% endfor %}"
+    assert own_text(parts, messages) == "0x"
 
 
 @pytest.mark.parametrize(
@@ -359,10 +363,7 @@ def test_bos_is_the_templates_own():
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed: RecursionError"),
         ("{% include 'passwd' %}", "failed: "),
         ("{% for i in range(10**9) %}x{% endfor %}", "failed: OverflowError: Range too big"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxx{% endfor %}{% endfor %}",
-            "more than 1048576",
-        ),
+        ("{% for i in range(2000) %}{% for j in range(2000) %}x{% endfor %}{% endfor %}", "more than 1048576"),
         ("{{ ''.__class__.__mro__ }}", "failed: access to attribute '__class__'"),
         ("{{ ''['__class__']['__mro__'] }}", "failed: access to attribute '__class__'"),
         ("{{ (messages | map(attribute='__class__') | list)[0].mro() }}", "failed: "),
@@ -410,11 +411,10 @@ def test_style_template_needs_one():
 
 
 def write(folder, **files):
+    names = {"jinja": JINJA_FILE, "json": JSON_FILE, "config": CONFIG_FILE}
     for name, value in files.items():
-        path = folder / {"jinja": "chat_template.jinja", "json": "chat_template.json"}.get(
-            name, "tokenizer_config.json"
-        )
-        path.write_text(value if isinstance(value, str) else json.dumps(value), "utf-8")
+        text = value if isinstance(value, str) else json.dumps(value)
+        (folder / names[name]).write_text(text, "utf-8")
     return folder
 
 
@@ -433,6 +433,7 @@ NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "templat
         ({"jinja": "jinja"}, "jinja"),
         ({"json": {"chat_template": "json"}, "config": {"chat_template": "config"}}, "json"),
         ({"jinja": "jinja", "config": {"chat_template": NAMED}}, "jinja"),
+        ({"jinja": "jinja", "config": {"chat_template": NAMED[:1]}}, "jinja"),
         ({"jinja": "same", "json": {"chat_template": "same"}}, "same"),
     ],
 )
