@@ -19,7 +19,7 @@ from nvlm_runtime.serving import Answer, Engine, EngineStopped, QueueFull
 from tests.runtime.test_batch import LARGE, SMALL, VARIANTS, fresh
 from tests.runtime.test_model import picture
 
-GUARD = 20  # seconds after which a test is taken to hang
+GUARD = 60  # seconds after which a test is taken to hang
 BROKEN = picture((32, 96), 5)  # 3 tiles and a thumbnail, which no other picture here has
 IMAGES = (LARGE, SMALL, picture((64, 64), 2))
 WORDS = ("red", "total", "what", "hello there", "tile 3", "a", "receipt?", "12.50")
@@ -309,17 +309,18 @@ def test_close_waits_for_every_answer(monkeypatch):
     engine.close(drain=False)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["at once", "after waiting"])
-def test_close_without_waiting_ends_every_request(again, monkeypatch):
+@pytest.mark.parametrize("drains", [[False], [True, False], [False, True]], ids=str)
+def test_close_without_waiting_ends_every_request(drains, monkeypatch):
+    """Whatever another thread's close waits for."""
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
     engine = Engine(model, max_rows=2, max_tokens=300)
     answers = [engine.submit(engine.prepare("Hello?"), long(200)) for _ in range(5)]
     gate.let(4)
-    threads = [threading.Thread(target=engine.close, args=(drain,)) for drain in ([True, False] if again else [False])]
-    for thread in threads:
+    threads = [threading.Thread(target=engine.close, args=(drain,)) for drain in drains]
+    for number, thread in enumerate(threads, 1):
         thread.start()
-    until(lambda: engine._inbox.qsize() == len(threads))
+        until(lambda: engine._inbox.qsize() == number)  # noqa: B023
     gate.free()
     for thread in threads:
         thread.join(GUARD)
@@ -367,7 +368,7 @@ def test_cancel_frees_the_row(when, monkeypatch):
         last = third if when == "queued" else other
         assert last.result(GUARD).token_ids == alone("x", "What is it?", [LARGE], 6).token_ids
         cancelled.cancel()
-        assert cancelled.result(GUARD).finish_reason == "cancelled"
+        assert cancelled.result(GUARD) == out  # and was not taken up again
 
 
 def test_a_loop_left_early_frees_its_row_and_a_second_one_begins_anew(monkeypatch):
@@ -426,12 +427,15 @@ def test_a_crash_ends_every_request_and_the_engine(stage, monkeypatch):
     def fail(*args):
         calls.append(args)
         if len(calls) == 3:
+            if stage == "step":
+                answers.append(engine.submit(prepared, long(20)))  # not read by the thread any more
             raise MemoryError("no page is left")
         return original(*args)
 
     monkeypatch.setattr(model.stages, stage, fail)
     engine = Engine(model, max_rows=2, max_tokens=200)
-    answers = [engine.submit(engine.prepare("Hello?"), long(20)) for _ in range(5)]
+    prepared = engine.prepare("Hello?")
+    answers = [engine.submit(prepared, long(20)) for _ in range(5)]
     streamed = engine.stream("Hello?", max_new_tokens=20, ignore_eos=True)
     gate.free()
     if stage == "first":
@@ -514,7 +518,7 @@ def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
             loop.run_until_complete(loop.shutdown_default_executor())
             loop.close()
             gate.free()
-            text = engine.generate("Hello?", max_new_tokens=5, ignore_eos=True).text
+            text = engine.submit(engine.prepare("Hello?"), long(5)).result(GUARD).text
             del stream
         else:
             text = asyncio.run(both(engine))
@@ -563,13 +567,15 @@ def test_tiles_are_cut_before_a_request_stands_in_line():
 
 
 def test_an_interpreter_may_end_with_an_open_engine():
-    """Under a step, its end would be an abort."""
+    """Its end under a step may be an abort: the thread is gone before."""
     code = """if True:
+        import atexit
         from nvlm_runtime.sampling import GenerationParams
         from nvlm_runtime.serving import Engine
         from tests.runtime.small import small_engine
+        atexit.register(lambda: print(engine._thread.is_alive()))
         engine = Engine(small_engine("x"))
         engine.submit(engine.prepare("Hello?"), GenerationParams(max_new_tokens=400, ignore_eos=True))
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=GUARD)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10 * GUARD)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
