@@ -4,6 +4,7 @@ Bad input is one sentence on stderr and exit code 2; Ctrl-C ends with 130.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -48,75 +49,91 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line instead")
 
 
+def _ask(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "nvlm ask [IMAGE ...] PROMPT [options]"
+    parser.add_argument("words", nargs="+", metavar="[IMAGE ...] PROMPT", help="picture files, then the question")
+    parser.add_argument("--plan", action="store_true", help="print the tile plan of every picture first")
+    parser.add_argument("--timings", action="store_true", help="print seconds a stage afterwards")
+    _model_options(parser)
+    _style_option(parser)
+    _sampling_options(parser)
+    _json_option(parser)
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures of the first question")
+    _model_options(parser)
+    _style_option(parser)
+    _sampling_options(parser)
+    _json_option(parser)
+
+
+def _info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="bundled name, published name (nvlm-d-72b) or checkpoint folder")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to plan")
+    parser.add_argument("--draw", metavar="FILE", help="save the first picture with its tiles drawn on it")
+    _json_option(parser)
+
+
+def _profile(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "nvlm profile [IMAGE ...] PROMPT [options]"
+    parser.add_argument("words", nargs="+", metavar="[IMAGE ...] PROMPT", help="picture files, then the question")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs the medians are of (default: %(default)s)")
+    parser.add_argument("--trace", metavar="FILE.json", help="save the profiler's trace, for Perfetto or Chrome")
+    parser.add_argument("--png", metavar="FILE", help="save the stages as bars (needs matplotlib)")
+    _model_options(parser)
+    _json_option(parser)
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", choices=("micro",))
+    parser.add_argument("--variant", choices=("d", "x", "h"), required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="folder for the checkpoint")
+    parser.add_argument("--work", default="work", help="folder for the tower and features the variants share")
+    parser.add_argument("--steps", type=int, help="of the decoder")
+    parser.add_argument("--tower-steps", type=int, help="of the vision tower")
+    parser.add_argument("--documents", type=int, help="number of training pictures")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", choices=("micro",))
+    parser.add_argument("--variant", choices=("d", "x", "h"), required=True)
+    parser.add_argument("--model", help="checkpoint folder (default: the bundled micro model)")
+    parser.add_argument("--seed", type=int, default=12345)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--open-mask", action="store_true", help="NVLM-X: let every tile tag see every tile")
+    parser.add_argument("--blank-tiles", action="store_true", help="keep only the thumbnail's pixels")
+    _json_option(parser)
+
+
+# command: the module of nvlm_runtime/commands that runs it, its options, its line in --help
+COMMANDS = {
+    "ask": ("ask", _ask, "answer one question about pictures"),
+    "chat": ("chat", _chat, "talk about pictures: /image FILE adds one, /quit leaves"),
+    "info": ("info", _info, "what a model is, and how it would tile a picture"),
+    "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),
+    "train": ("train", _train, "train a micro model from seeds"),
+    "eval": ("evaluate", _evaluate, "exact answers on rendered documents of a fresh seed"),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nvlm", description="NVLM-D, -X and -H: ask a picture a question.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    ask = commands.add_parser(
-        "ask", help="answer one question about pictures", usage="nvlm ask [IMAGE ...] PROMPT [options]"
-    )
-    ask.add_argument("words", nargs="+", metavar="[IMAGE ...] PROMPT", help="picture files, then the question")
-    ask.add_argument("--plan", action="store_true", help="print the tile plan of every picture first")
-    ask.add_argument("--timings", action="store_true", help="print seconds a stage afterwards")
-
-    chat = commands.add_parser("chat", help="talk about pictures: /image FILE adds one, /quit leaves")
-    chat.add_argument("images", nargs="*", metavar="IMAGE", help="pictures of the first question")
-
-    info = commands.add_parser("info", help="what a model is, and how it would tile a picture")
-    info.add_argument("name", help="bundled name, published name (nvlm-d-72b) or checkpoint folder")
-    info.add_argument("images", nargs="*", metavar="IMAGE", help="pictures to plan")
-    info.add_argument("--draw", metavar="FILE", help="save the first picture with its tiles drawn on it")
-
-    profile = commands.add_parser(
-        "profile",
-        help="one request stage by stage, beside plain PyTorch",
-        usage="nvlm profile [IMAGE ...] PROMPT [options]",
-    )
-    profile.add_argument("words", nargs="+", metavar="[IMAGE ...] PROMPT", help="picture files, then the question")
-    profile.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
-    profile.add_argument("--rounds", type=int, default=3, help="runs the medians are of (default: %(default)s)")
-    profile.add_argument("--trace", metavar="FILE.json", help="save the profiler's trace, for Perfetto or Chrome")
-    profile.add_argument("--png", metavar="FILE", help="save the stages as bars (needs matplotlib)")
-
-    train = commands.add_parser("train", help="train a micro model from seeds")
-    train.add_argument("task", choices=("micro",))
-    train.add_argument("--variant", choices=("d", "x", "h"), required=True)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--out", required=True, help="folder for the checkpoint")
-    train.add_argument("--work", default="work", help="folder for the tower and features the variants share")
-    train.add_argument("--steps", type=int, help="of the decoder")
-    train.add_argument("--tower-steps", type=int, help="of the vision tower")
-    train.add_argument("--documents", type=int, help="number of training pictures")
-    train.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-
-    evaluate = commands.add_parser("eval", help="exact answers on rendered documents of a fresh seed")
-    evaluate.add_argument("task", choices=("micro",))
-    evaluate.add_argument("--variant", choices=("d", "x", "h"), required=True)
-    evaluate.add_argument("--model", help="checkpoint folder (default: the bundled micro model)")
-    evaluate.add_argument("--seed", type=int, default=12345)
-    evaluate.add_argument("--samples", type=int, default=500)
-    evaluate.add_argument("--open-mask", action="store_true", help="NVLM-X: let every tile tag see every tile")
-    evaluate.add_argument("--blank-tiles", action="store_true", help="keep only the thumbnail's pixels")
-
-    runs = {"ask": ask, "chat": chat, "info": info, "profile_stages": profile, "train": train, "evaluate": evaluate}
-    for name, command in runs.items():
-        command.set_defaults(run=name)
-    for command in (ask, chat, profile):
-        _model_options(command)
-    for command in (ask, chat):
-        _style_option(command)
-        _sampling_options(command)
-    for command in (ask, chat, info, profile, evaluate):
-        _json_option(command)
+    for name, (module, options, words) in COMMANDS.items():
+        command = commands.add_parser(name, help=words)
+        options(command)
+        command.set_defaults(module=module)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        from nvlm_runtime import commands
-
-        return getattr(commands, args.run)(args)
+        return importlib.import_module(f"nvlm_runtime.commands.{args.module}").run(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

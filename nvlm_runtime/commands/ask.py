@@ -1,0 +1,46 @@
+"""`nvlm ask`: one question about pictures."""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from nvlm_runtime.commands.answers import output_values, print_plan, show_stream
+from nvlm_runtime.commands.loading import load_model, sampling_params
+from nvlm_runtime.request import Output
+
+
+def _print_timings(console: Console, output: Output) -> None:
+    table = Table("stage", "ms", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    total = output.timings["total"]
+    for stage, seconds in output.timings.items():
+        table.add_row(stage, f"{1e3 * seconds:.1f}", f"{seconds / max(total, 1e-9):.0%}")
+    per_token = output.timings["decode"] / max(1, len(output.token_ids))
+    console.print(table)
+    console.print(
+        f"{output.num_prompt_tokens} prompt tokens, {len(output.token_ids)} new, {1e3 * per_token:.1f} ms each",
+        highlight=False,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    *images, prompt = args.words
+    params = sampling_params(args)
+    model, console = load_model(args), Console()
+    prepared = model.prepare(prompt, images, style=args.style)
+    stream = model.complete(prepared, params)
+    if args.json:
+        for _ in stream:
+            pass
+        print(json.dumps(output_values(stream.output, model.config)))
+        return 0
+    if args.plan:
+        for plan in prepared.plans:
+            print_plan(console, plan, model.config)
+    show_stream(stream)
+    if args.timings:
+        _print_timings(console, stream.output)
+    return 0

@@ -1,0 +1,35 @@
+"""The model and the sampling that the arguments ask for."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nvlm_runtime.engine import NVLM
+from nvlm_runtime.sampling import GenerationParams
+
+
+def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
+    return NVLM.load(
+        args.model,
+        args.device,
+        getattr(torch, args.dtype) if args.dtype else None,
+        native=False if args.no_compile else None,
+        graphs=args.graphs,
+        check=args.check,
+        quantize=_scheme(args.quantize),
+        **options,
+    )
+
+
+def _scheme(entries: Sequence[str]) -> dict[str, str]:
+    """`--quantize PART=METHOD ...` as `quantize.quantize` takes it."""
+    if wrong := [entry for entry in entries if entry.count("=") != 1]:
+        raise ValueError(f"--quantize takes PART=METHOD, got {wrong[0]!r}")
+    return dict(entry.split("=") for entry in entries)
+
+
+def sampling_params(args: argparse.Namespace) -> GenerationParams:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    return GenerationParams(**{name: getattr(args, name) for name in names})
