@@ -2,8 +2,8 @@
 
 InternViT-300M's shape (24 layers unless --layers says else), 1,025 tokens, random weights, one tile. The GEMM rates,
 the contestants and the peer take turns in one process; medians over --rounds with 20th and 80th percentile. "eager" is
-this tower with torch's attention in the inputs' dtype. Share: the tower's flops at the rate of bf16 4096^3, over its
-time. Error: root mean square against the same weights in fp64, as a share of the output's.
+this tower with torch's attention and linears in the inputs' dtype. Share: the tower's flops at the rate of bf16 4096^3,
+over its time. Error: root mean square against the same weights in fp64, as a share of the output's.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.report import table, write
 from nvlm_runtime.config import VisionConfig
+from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.presets import INTERNVIT_300M
 from nvlm_runtime.quantize import quantize_vision
 from nvlm_runtime.vision import Attention, InternViT
@@ -111,7 +112,9 @@ def main() -> None:
     bf16 = InternViT(config).bfloat16().eval()
     int8, pixels = copy.deepcopy(bf16), torch.randn(1, 3, 448, 448).bfloat16()
     quantize_vision(int8, "int8_dynamic")
-    towers = {"eager bf16": eager(bf16), "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}
+    plain = eager(bf16)
+    replace_linears(bf16)
+    towers = {"eager bf16": plain, "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}
     calls = {name: partial(tower, pixels.to(tower.embeddings.class_embedding.dtype)) for name, tower in towers.items()}
     work = {name: flops(config) for name in calls}
     with torch.inference_mode():

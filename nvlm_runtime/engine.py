@@ -25,6 +25,7 @@ from nvlm_runtime.graphs import GraphStages
 from nvlm_runtime.handle import ImageCache, ImageHandle, picture_key
 from nvlm_runtime.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
 from nvlm_runtime.layout import ImageLayout, make_layout
+from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
@@ -135,6 +136,8 @@ class NVLM:
         self.template = template
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            replace_linears(model)
         self.chunk = chunk
         self.reuse = reuse and not deterministic
         if graphs:

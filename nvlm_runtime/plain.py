@@ -1,7 +1,8 @@
 """The yardstick: a request through plain PyTorch, one call after the other, which everything faster is timed against.
 
-The tower is written here in torch's own functions over the model's weights; the decoder is the model's, called on a
-cache of its own. No chunks, no kept prefix or handle, no captured or compiled step. It stays slow on purpose.
+The tower is written here in torch's own functions over the model's weights; the decoder is the model's with torch's own
+linears, called on a cache of its own. No chunks, no kept prefix or handle, no captured or compiled step. It stays slow
+on purpose.
 
 B requests, T prompt tokens, N tiles, P image tokens a tile, C hidden_size of the decoder.
 """
@@ -18,6 +19,7 @@ from nvlm_kernels import pixel_shuffle
 from nvlm_runtime.cache import KVCache
 from nvlm_runtime.decoder import CrossView
 from nvlm_runtime.layout import Layout
+from nvlm_runtime.linear import plain_twin
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.request import STAGES, Prepared
 from nvlm_runtime.vision import InternViT
@@ -66,7 +68,7 @@ def see(tower: InternViT, pixel_values: Tensor) -> Tensor:
 
 def project(model: NVLMModel, features: Tensor) -> Tensor:
     """Features to image tokens [N, P, C]."""
-    return model.mlp1(pixel_shuffle(features, model.config.ps_version))
+    return plain_twin(model.mlp1)(pixel_shuffle(features, model.config.ps_version))
 
 
 class PlainRows:
@@ -76,7 +78,7 @@ class PlainRows:
 
     def __init__(self, model: NVLMModel, batch: int, capacity: int, vocab_size: int):
         weight = model.language_model.embed_tokens.weight
-        self.decoder, self.vocab_size = model.language_model, vocab_size
+        self.decoder, self.vocab_size = plain_twin(model.language_model), vocab_size
         self.cache = KVCache.allocate(model.config.text, batch, capacity, weight.device, weight.dtype)
         self.token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.length = 0

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_kernels.native import BLOCK, GROUP
+from nvlm_runtime.linear import computes_in_fp32, linear_in_fp32
 
 ROWS = 4096  # made dense at a time
 
@@ -90,6 +91,8 @@ def _finite(kind: str, linear: nn.Linear) -> Tensor:
 
 
 def _linear(layer: Int8Linear | Int4Linear, x: Tensor) -> Tensor:
+    if computes_in_fp32(x):
+        return linear_in_fp32(x, lambda i, end: layer.dense(torch.float32, i, end), layer.out_features, layer.bias)
     parts = [F.linear(x, layer.dense(x.dtype, i, i + ROWS)) for i in range(0, layer.out_features, ROWS)]
     y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
