@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nvlm_kernels import MAX_DECODE_TOKENS, decode_attention, rotary, rotary_cache, tile_attention
 from nvlm_runtime.cache import KVCache
+from nvlm_runtime.linear import computes_in_fp32
 
 Attention = Literal["sdpa", "flash"]
 
@@ -73,10 +74,12 @@ class Past:
         if self.is_causal and self.attention == "flash":
             return flash_attention()(q, k, v, causal=True)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D], [B, Hkv, S, D]
+        if computes_in_fp32(q):
+            q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, is_causal=self.is_causal, enable_gqa=num_heads != num_kv_heads
         )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2).to(qkv.dtype)
 
 
 class FlatPast:

@@ -21,9 +21,14 @@ from nvlm_runtime.stages import Stages, write_cross
 
 
 class Batch:
-    """slots: the buffers. chunk: tokens of a prompt that are read at a time. reuse: whether to start from a prefix."""
+    """slots: the buffers. chunk: tokens of a prompt that are read at a time. reuse: whether to start from a prefix.
+    speculate: the most tokens that a row which decodes alone drafts a step, 0 for none.
+    """
 
-    def __init__(self, stages: Stages, slots: Slots, encoder: ImageEncoder, chunk: int, reuse: bool):
+    def __init__(
+        self, stages: Stages, slots: Slots, encoder: ImageEncoder, chunk: int, reuse: bool, speculate: int = 0
+    ):
+        self.speculate = speculate
         self.stages, self.slots, self.encoder = stages, slots, encoder
         self.chunk, self.reuse = chunk, reuse
         self.rows: list[Row | None] = [None] * slots.num
@@ -192,6 +197,8 @@ class Batch:
         began = time.perf_counter()
         decoding = [slot for slot in range(len(self.rows)) if self._decoding(slot)]
         rows = [self.rows[slot] for slot in decoding]
+        if self.speculate and len(rows) == 1 and (draft := rows[0].draft(self.speculate)):
+            return self._speculate(decoding[0], draft, began)
         with torch.inference_mode():
             self.stages.step(
                 self.slots,
@@ -208,6 +215,27 @@ class Batch:
             row.token_seconds.append(seconds)
             row.timings["decode"] += seconds
             progress.append(self._accept(slot, drawn[slot]))
+        return progress
+
+    def _speculate(self, slot: int, draft: list[int], began: float) -> list[tuple[Row, str]]:
+        """A step of a lone row that draws behind every token of its draft, and keeps them up to the first other one."""
+        row, slots = self.rows[slot], self.slots
+        with torch.inference_mode():
+            sees = bool(row.prepared.layout.cross_length)
+            drawn = self.stages.verify(slots, slot, draft, sees, Draw.of(row.params))
+            right = next((i for i, token in enumerate(draft) if drawn[i] != token), len(draft))
+            drawn = drawn[: right + 1]
+            slots.token[slot] = max(drawn[-1], 0)
+            slots.position[slot] += len(drawn)
+        seconds = (time.perf_counter() - began) / len(drawn)
+        progress = []
+        for token in drawn:
+            self._positions[slot] += 1
+            row.token_seconds.append(seconds)
+            row.timings["decode"] += seconds
+            progress.append(self._accept(slot, token))
+            if row.done:
+                break
         return progress
 
     def _accept(self, slot: int, token: int) -> tuple[Row, str]:

@@ -28,6 +28,10 @@ class KVCache:
         """Views of the requests from `start` to `end`."""
         return KVCache(self.k[:, start:end], self.v[:, start:end])
 
+    def shared(self, row: int, count: int) -> "KVCache":
+        """One request's cache as that of `count` rows, all of the same memory."""
+        return KVCache(*(side[:, row : row + 1].expand(-1, count, -1, -1, -1) for side in (self.k, self.v)))
+
 
 @dataclass(frozen=True)
 class CrossKV:
@@ -35,3 +39,7 @@ class CrossKV:
 
     k: Tensor
     v: Tensor
+
+    def shared(self, row: int, count: int) -> "CrossKV":
+        """One request's keys and values as those of `count` rows, all of the same memory."""
+        return CrossKV(*(side[:, row : row + 1].expand(-1, count, -1, -1, -1) for side in (self.k, self.v)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from nvlm_kernels import MAX_DECODE_TOKENS
 from nvlm_kernels.native import Native, is_default, library
 from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.batch import Batch
@@ -97,7 +98,8 @@ class NVLM:
     by the C++ step, built at first use and kept in `cache_folder` (the user's cache where it is None); None is yes
     where the model is on a CPU in float32 or bfloat16 and a compiler is there. quantize: parts to methods, in place,
     as `quantize.quantize` takes them. check: every layer is looked at, and a value that is not finite is an error that
-    names the first one to give it; slow.
+    names the first one to give it; slow. speculate: tokens that a request which decodes alone drafts a step from its
+    own words (`ngram`): the same answer in fewer steps where it repeats them, slower steps where a draft is wrong.
     Raises ValueError where native decoding is asked for and cannot be, BuildError where its compiler fails.
     """
 
@@ -116,34 +118,37 @@ class NVLM:
         cache_folder: str | Path | None = None,
         quantize: Mapping[str, str] | None = None,
         check: bool = False,
+        speculate: int = 0,
     ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token, got {chunk}")
         if image_cache_bytes < 0:
             raise ValueError(f"image_cache_bytes must be at least 0, got {image_cache_bytes}")
+        if not 0 <= speculate <= MAX_DECODE_TOKENS - 1:
+            raise ValueError(f"speculate must be from 0 to {MAX_DECODE_TOKENS - 1} tokens, got {speculate}")
         if graphs and native:
             raise ValueError("graphs and native exclude each other: static stages are PyTorch's")
         if check and (graphs or native):
             raise ValueError("check looks at every layer in PyTorch: it excludes graphs and native")
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        found = None if graphs else self._library(False if check else native, cache_folder)
+        if speculate and (graphs or (deterministic and found is None)):
+            raise ValueError("speculate draws several tokens a step: it excludes graphs, and deterministic in PyTorch")
         if quantize:
             quantize_model(model, quantize)
         if check:
             check_layers(model)
-            native = False
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
         self.template = template
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             replace_linears(model)
         self.chunk = chunk
         self.reuse = reuse and not deterministic
-        if graphs:
-            self.stages = GraphStages(model, deterministic)
-        else:
-            self.stages = Stages(model, deterministic, self._library(native, cache_folder))
+        self.speculate = speculate
+        self.stages = GraphStages(model, deterministic) if graphs else Stages(model, deterministic, found)
         self.encoder = ImageEncoder(self.stages, ImageCache(image_cache_bytes))
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._lock = threading.Lock()
@@ -335,7 +340,7 @@ class NVLM:
             self.dtype,
             self.stages.spare,
         )
-        return Batch(self.stages, slots, self.encoder, self.chunk, self.reuse)
+        return Batch(self.stages, slots, self.encoder, self.chunk, self.reuse, self.speculate)
 
     def _keep(self, batch: Batch) -> None:
         """For the next single request."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from nvlm_runtime.handle import ImageHandle
 from nvlm_runtime.image import TilePlan
 from nvlm_runtime.layout import Layout
+from nvlm_runtime.ngram import NgramIndex
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.tokenizer import TextStream
 
@@ -74,7 +75,8 @@ class Output:
     finish_reason: "stop" (an end token or a stop string), "length", "cancelled", or None while the answer goes on.
     timings: seconds a stage (queue, open, tile, encode, project, prefill, decode, and their total); tiles are cut in a
     thread, so "tile" is what had to be waited for. Tokens decoded in a batch take the batch's time.
-    first_token: seconds from the first stage to the first token. token_seconds: of every later one.
+    first_token: seconds from the first stage to the first token. token_seconds: of every later one; tokens that one
+    step gave share its time.
     num_reused: prompt tokens whose keys and values were still in the cache.
     """
 
@@ -112,6 +114,7 @@ class Row:
     num_reused: int = 0
     timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     token_seconds: list[float] = field(default_factory=list)
+    _ngrams: NgramIndex | None = None
 
     @property
     def num_slots(self) -> int:
@@ -122,11 +125,25 @@ class Row:
     def done(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
+    def draft(self, count: int) -> list[int]:
+        """A guess at the next tokens, at most `count` and one less than may still be drawn; [] where there is none.
+
+        A row with a repetition penalty never guesses: how it draws a token depends on the ones before it.
+        """
+        count = min(count, self.limit - len(self.token_ids) - 1)
+        if count < 1 or self.params.repetition_penalty != 1:
+            return []
+        if self._ngrams is None:
+            self._ngrams = NgramIndex([*self.prepared.input_ids, *self.token_ids])
+        return self._ngrams.draft(count)
+
     def accept(self, token: int) -> str:
         """Takes a drawn token; returns the text that is now certain: no half character, no part of a stop string."""
         if token == self.eos_id:
             return self.finish("stop")
         self.token_ids.append(token)
+        if self._ngrams is not None:
+            self._ngrams.add(token)
         since = max(0, len(self.text) - self._longest_stop)
         self.text += self.stream.push(token)
         ends = [at for at in (self.text.find(text, since) for text in self.params.stop) if at >= 0]

@@ -106,6 +106,12 @@ class Sampling:
         """Views of the rows from `start` to `end`."""
         return Sampling(*(tensor[start:end] for tensor in vars(self).values()))
 
+    def repeated(self, row: int, count: int) -> "Sampling":
+        """Copies of one row: `count` rows that draw as it does, and mark what they have seen apart from it."""
+        return Sampling(
+            *(tensor[row : row + 1].repeat(count, *[1] * (tensor.dim() - 1)) for tensor in vars(self).values())
+        )
+
     def set(self, row: int, params: GenerationParams, prompt_ids: Sequence[int]) -> None:
         """A row's parameters, and the prompt's ids as seen. Without a seed it gets one from the system."""
         seed = int.from_bytes(os.urandom(8)) if params.seed is None else int(params.seed)

@@ -109,6 +109,31 @@ class Stages:
         x = decoder.embed_tokens(slots.token[:, None])
         return decoder.logits(decoder.decode(x, slots.position[:, None], slots.cache, visible, view)[:, 0])
 
+    def verify(self, slots: Slots, row: int, draft: Sequence[int], sees: bool, kind: Draw) -> list[int]:
+        """What an active row draws next, and what it would draw behind each token of a draft: 1 + len(draft) tokens.
+
+        The cache takes in the row's next token and the draft; the row itself is not moved. Natively each token has the
+        bits a step would give it. In PyTorch the products are those of several rows, whose rounding may differ.
+        """
+        count, device = 1 + len(draft), slots.token.device
+        token = torch.cat([slots.token[row : row + 1], torch.tensor(draft, dtype=torch.int64, device=device)])
+        positions = slots.position[row] + torch.arange(count, device=device)
+        cache, cross = slots.cache.shared(row, count), slots.cross.shared(row, count) if sees else None
+        intervals = slots.interval[row : row + 1].repeat(count, 1, 1)  # [count, 1, 2]
+        with record_function("nvlm.decode"):
+            if self._native is not None:
+                logits = torch.empty(count, self.model.config.text.vocab_size)
+                active = torch.ones(count, dtype=torch.bool)
+                given = intervals if sees else None
+                self._native.step(token, positions, active, cache, cross, given, logits)
+            else:
+                one = slots.rows(row, row + 1)
+                view = CrossView(one.cross, intervals.transpose(0, 1)) if sees else None
+                decoder, visible = self.model.language_model, int(slots.position[row]) + count
+                x = decoder.embed_tokens(token[None])
+                logits = decoder.logits(decoder.decode(x, positions[None], one.cache, visible, view)[0])
+            return draw(logits, slots.sampling.repeated(row, count), positions + 1, kind).tolist()
+
     def refresh(self) -> None:
         """Before a request: takes anew what was copied of weights that have changed since."""
         if self._native is not None and self.model.version != self._version:
