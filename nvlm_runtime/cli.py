@@ -21,6 +21,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         metavar="PART=METHOD",
         help="vision=int8_dynamic; decoder, cross, head = int8 or int4 weights",
     )
+    parser.add_argument(
+        "--speculate", type=int, default=0, metavar="N", help="draft up to N tokens a step from the prompt's own words"
+    )
     parser.add_argument("--check", action="store_true", help="name the first layer that gives inf or nan; slow")
     parser.add_argument("--graphs", action="store_true", help="static stages, captured into CUDA graphs on a GPU")
 

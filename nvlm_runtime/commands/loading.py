@@ -18,6 +18,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
         native=False if args.no_compile else None,
         graphs=args.graphs,
         check=args.check,
+        speculate=args.speculate,
         quantize=_scheme(args.quantize),
         **options,
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nvlm_runtime import NVLM
+from nvlm_runtime import NVLM, linear
 from nvlm_runtime.attention import Past
 from nvlm_runtime.cache import KVCache
 from tests.runtime.small import TEXT
@@ -48,6 +48,22 @@ def test_behind_a_cache_is_the_end_of_the_whole(length):
         part = (angle[:, first:end] for angle in angles)
         out = past.attend(qkv[:, first:end], tuple(part), TEXT.num_attention_heads, TEXT.num_key_value_heads)
         torch.testing.assert_close(out, whole[:, first:end])
+
+
+@torch.no_grad()
+def test_long_bf16_prompts_are_computed_in_fp32_where_that_is_faster(monkeypatch):
+    monkeypatch.setattr(linear, "fp32_is_faster", lambda: True)
+    torch.manual_seed(1)
+    heads, num_kv = TEXT.num_attention_heads, TEXT.num_key_value_heads
+    qkv = torch.randn(1, 140, (heads + 2 * num_kv) * TEXT.head_dim).bfloat16()
+    angles = torch.ones(1, 140, TEXT.head_dim), torch.zeros(1, 140, TEXT.head_dim)  # no turn
+    out = Past(None, torch.arange(140)[None], 140, "sdpa").attend(qkv, angles, heads, num_kv)
+    q, k, v = (
+        t.double().transpose(1, 2) for t in qkv.unflatten(-1, (-1, TEXT.head_dim)).split([heads, num_kv, num_kv], 2)
+    )
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert out.dtype == torch.bfloat16
+    assert (out != exact.bfloat16()).double().mean() < 0.005, "rounded more than once"
 
 
 def test_flash_is_refused_where_it_cannot_run(monkeypatch):
