@@ -56,7 +56,7 @@ def test_long_bf16_prompts_are_computed_in_fp32_where_that_is_faster(monkeypatch
     torch.manual_seed(1)
     heads, num_kv = TEXT.num_attention_heads, TEXT.num_key_value_heads
     qkv = torch.randn(1, 140, (heads + 2 * num_kv) * TEXT.head_dim).bfloat16()
-    angles = torch.ones(1, 140, TEXT.head_dim), torch.zeros(1, 140, TEXT.head_dim)  # no turn
+    angles = torch.ones(1, 140, TEXT.head_dim).bfloat16(), torch.zeros(1, 140, TEXT.head_dim).bfloat16()
     out = Past(None, torch.arange(140)[None], 140, "sdpa").attend(qkv, angles, heads, num_kv)
     q, k, v = (
         t.double().transpose(1, 2) for t in qkv.unflatten(-1, (-1, TEXT.head_dim)).split([heads, num_kv, num_kv], 2)
