@@ -35,6 +35,7 @@ enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 enum Ffn : int32_t { NONE = 0, SWIGLU = 1, GELU = 2 };
 
 constexpr int64_t CHUNK = 256;     // keys that one task of attention looks at
+constexpr int64_t HEADS = 4;       // query heads that share a pass over them
 // Bytes between the weights in use and those asked for, into the second and into the first cache. One row of bf16
 // weights, 2 cores, share of the speed at which the machine reads: 0.79 with 4 KB into the first alone, 0.90 with both.
 constexpr int64_t FAR = 16384, NEAR = 2048;
@@ -156,17 +157,23 @@ inline vf load16(const void* data, int64_t i) {
     if constexpr (KIND == F32) {
         return load(static_cast<const float*>(data) + i);
     } else if constexpr (KIND == BF16) {
+        const uint16_t* at = static_cast<const uint16_t*>(data) + i;
+#ifdef __AVX512F__  // GCC 12 makes the conversions in the other branches from halves and inserts
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        return vf(_mm512_slli_epi32(wide, 16));
+#else
         vh raw;
-        std::memcpy(&raw, static_cast<const uint16_t*>(data) + i, sizeof raw);
+        std::memcpy(&raw, at, sizeof raw);
         vu wide = __builtin_convertvector(raw, vu) << 16;
         vf x;
         std::memcpy(&x, &wide, sizeof x);
         return x;
+#endif
     } else {
         const int8_t* at = static_cast<const int8_t*>(data) + i;
 #ifdef __AVX512F__
         const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-        return vf(_mm512_cvtepi32_ps(wide));  // GCC 12 makes the conversions below from halves and inserts
+        return vf(_mm512_cvtepi32_ps(wide));
 #else
         vb raw;
         std::memcpy(&raw, at, sizeof raw);
@@ -211,81 +218,85 @@ inline void ask(const char* at) {
 }
 
 // Sums that a weight row is added up in, so that adds do not wait for each other: a load of 64 bytes feeds two of bf16
-// and four of int8 or int4. As many for every NB, or a row's bits would depend on its batch.
-constexpr int sums_of(int kind) { return kind == F32 || kind == BF16 ? 2 : 4; }
+// and four of int8. As many in every tile, or a row's bits would depend on its batch.
+constexpr int sums_of(int kind) { return kind == I8 ? 4 : 2; }
 
-// Rows of x that share a weight row's pass: what their sums leave in 32 registers.
-constexpr int rows_of(int kind) { return 16 / sums_of(kind); }
+// Rows of x, and of weights, that one pass multiplies: what their sums leave in 32 registers, and rows of x that stay in
+// the first cache. Weights that cost most to widen do it for one row at a time.
+constexpr int TILE = 4;
+constexpr int tile_rows(int kind) { return kind == F32 || kind == BF16 ? 3 : 1; }
 
 template <int N>
 inline float total_of(const vf (&sums)[N]) {
     return N == 2 ? sum(sums[0] + sums[1]) : sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// NB rows of x times one weight row.
-template <int KIND, int NB>
-inline void dot(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* out) {
+// out[r][b] of NR weight rows times NB rows of x.
+template <int KIND, int NR, int NB>
+inline void dot(const Matrix& m, int64_t row, const float* x, int64_t ldx, float (&out)[NR][NB]) {
     constexpr int N = sums_of(KIND);
     constexpr int64_t BYTES = KIND == F32 ? 4 : KIND == BF16 ? 2 : 1;
     const int64_t cols = m.cols;
-    const char* data = static_cast<const char*>(m.data) + row * cols * BYTES;
-    vf sums[NB][N];
-    for (int b = 0; b < NB; b++)
-        for (int n = 0; n < N; n++) sums[b][n] = vf{};
+    const char* data[NR];
+    for (int r = 0; r < NR; r++) data[r] = static_cast<const char*>(m.data) + (row + r) * cols * BYTES;
+    vf sums[NR][NB][N];
+    for (int r = 0; r < NR; r++)
+        for (int b = 0; b < NB; b++)
+            for (int n = 0; n < N; n++) sums[r][b][n] = vf{};
     int64_t i = 0;
     for (; i + N * LANES <= cols; i += N * LANES) {
-        for (int64_t line = 0; line < N * LANES * BYTES; line += 64) ask(data + i * BYTES + line);
+        for (int r = 0; r < NR; r++)
+            for (int64_t line = 0; line < N * LANES * BYTES; line += 64) ask(data[r] + i * BYTES + line);
         for (int n = 0; n < N; n++) {
-            const vf w = load16<KIND>(data, i + n * LANES);
-            for (int b = 0; b < NB; b++) sums[b][n] += w * load(x + b * ldx + i + n * LANES);
+            vf w[NR];
+            for (int r = 0; r < NR; r++) w[r] = load16<KIND>(data[r], i + n * LANES);
+            for (int b = 0; b < NB; b++) {
+                const vf at = load(x + b * ldx + i + n * LANES);
+                for (int r = 0; r < NR; r++) sums[r][b][n] += w[r] * at;
+            }
         }
     }
-    for (; i + LANES <= cols; i += LANES) {
-        const vf w = load16<KIND>(data, i);
-        for (int b = 0; b < NB; b++) sums[b][0] += w * load(x + b * ldx + i);
-    }
-    for (int b = 0; b < NB; b++) {
-        float total = total_of(sums[b]);
-        for (int64_t j = i; j < cols; j++) total += load1<KIND>(data, j) * x[b * ldx + j];
-        out[b] = total;
-    }
+    for (; i + LANES <= cols; i += LANES)
+        for (int r = 0; r < NR; r++) {
+            const vf w = load16<KIND>(data[r], i);
+            for (int b = 0; b < NB; b++) sums[r][b][0] += w * load(x + b * ldx + i);
+        }
+    for (int r = 0; r < NR; r++)
+        for (int b = 0; b < NB; b++) {
+            float total = total_of(sums[r][b]);
+            for (int64_t j = i; j < cols; j++) total += load1<KIND>(data[r], j) * x[b * ldx + j];
+            out[r][b] = total;
+        }
 }
 
 const vf NIBBLES = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-// As above with int4. x is padded with zeros to whole blocks.
+// As above with one row of int4. x is padded with zeros to whole blocks.
 template <int NB>
-inline void dot4(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* out) {
+inline void dot4(const Matrix& m, int64_t row, const float* x, int64_t ldx, float (&out)[1][NB]) {
     const int64_t blocks = (m.cols + BLOCK - 1) / BLOCK;
     const char* data = static_cast<const char*>(m.data) + row * blocks * 64;
     const uint16_t* scale = static_cast<const uint16_t*>(m.scale) + row * blocks * (BLOCK / GROUP);
-    vf sums[NB][4];
+    vf sums[NB][2];
     for (int b = 0; b < NB; b++)
-        for (int n = 0; n < 4; n++) sums[b][n] = vf{};
+        for (int n = 0; n < 2; n++) sums[b][n] = vf{};
     for (int64_t i = 0; i < blocks; i++) {
         vu packed;
         std::memcpy(&packed, data + i * 64, sizeof packed);
         ask(data + i * 64);
         for (int group = 0; group < BLOCK / GROUP; group++) {
             const vf s = spread(from_bf16(scale[i * (BLOCK / GROUP) + group]));
-            const vf w0 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group))) * s;
-            const vf w1 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group + 4))) * s;
+            const vf w0 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group)));
+            const vf w1 = __builtin_shuffle(NIBBLES, vi(packed >> (8 * group + 4)));
             const float* at = x + i * BLOCK + group * GROUP;
             for (int b = 0; b < NB; b++) {
-                sums[b][group % 2 * 2] += w0 * load(at + b * ldx);
-                sums[b][group % 2 * 2 + 1] += w1 * load(at + b * ldx + LANES);
+                vf part = w0 * load(at + b * ldx);
+                part += w1 * load(at + b * ldx + LANES);
+                sums[b][group % 2] += s * part;
             }
         }
     }
-    for (int b = 0; b < NB; b++) out[b] = total_of(sums[b]);
-}
-
-template <int KIND, int NB>
-inline void product(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* out) {
-    if constexpr (KIND == I4)
-        dot4<NB>(m, row, x, ldx, out);
-    else
-        dot<KIND, NB>(m, row, x, ldx, out);
+    for (int b = 0; b < NB; b++) out[0][b] = total_of(sums[b]);
 }
 
 // The row's sum with its scale and bias. fma is named: left to itself, the compiler would fuse in some batches only.
@@ -296,25 +307,42 @@ inline float finish(const Matrix& m, int64_t row, float total) {
     return total + bias;
 }
 
+template <int KIND, int NR, int NB>
+inline void product(const Matrix& m, int64_t row, const float* x, int64_t ldx, float* y, int64_t ldy) {
+    float out[NR][NB];
+    if constexpr (KIND == I4)
+        dot4<NB>(m, row, x, ldx, out);
+    else
+        dot<KIND, NR, NB>(m, row, x, ldx, out);
+    for (int r = 0; r < NR; r++)
+        for (int b = 0; b < NB; b++) y[b * ldy + row + r] = finish<KIND>(m, row + r, out[r][b]);
+}
+
+// NR weight rows times all rows of x.
+template <int KIND, int NR>
+inline void products(const Matrix& m, int64_t row, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
+    static_assert(TILE == 4, "the switch below has the sizes under it");
+    int64_t b = 0;
+    for (; b + TILE <= B; b += TILE) product<KIND, NR, TILE>(m, row, x + b * ldx, ldx, y + b * ldy, ldy);
+    switch (B - b) {
+        case 3: return product<KIND, NR, 3>(m, row, x + b * ldx, ldx, y + b * ldy, ldy);
+        case 2: return product<KIND, NR, 2>(m, row, x + b * ldx, ldx, y + b * ldy, ldy);
+        case 1: return product<KIND, NR, 1>(m, row, x + b * ldx, ldx, y + b * ldy, ldy);
+    }
+}
+
 template <int KIND>
 void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
+    constexpr int NR = tile_rows(KIND);
+    const int64_t rows = B > 1 ? NR : 1;  // one row of x waits for memory alone: a stream of weights is read faster
 #pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < m.rows; row++) {
-        constexpr int MOST = rows_of(KIND);
-        float out[MOST];
-        int64_t b = 0;
-        for (; b + MOST <= B; b += MOST) {
-            product<KIND, MOST>(m, row, x + b * ldx, ldx, out);
-            for (int i = 0; i < MOST; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
-        }
-        for (; b + 2 <= B; b += 2) {
-            product<KIND, 2>(m, row, x + b * ldx, ldx, out);
-            for (int i = 0; i < 2; i++) y[(b + i) * ldy + row] = finish<KIND>(m, row, out[i]);
-        }
-        for (; b < B; b++) {
-            product<KIND, 1>(m, row, x + b * ldx, ldx, out);
-            y[b * ldy + row] = finish<KIND>(m, row, out[0]);
-        }
+    for (int64_t tile = 0; tile < (m.rows + rows - 1) / rows; tile++) {
+        const int64_t first = tile * rows;
+        if (rows > 1 && first + NR <= m.rows)
+            products<KIND, NR>(m, first, B, x, ldx, y, ldy);
+        else
+            for (int64_t row = first; row < first + rows && row < m.rows; row++)
+                products<KIND, 1>(m, row, B, x, ldx, y, ldy);
     }
     meet();
 }
@@ -344,49 +372,135 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t B, int64_t
     meet();
 }
 
+// A head's LANES values from `at`, the last of D ones padded with zeros.
 template <int KIND>
-inline float dot_key(const float* q, const void* k, int64_t at, int64_t D) {
-    vf total{};
-    int64_t d = 0;
-    for (; d + LANES <= D; d += LANES) total += load(q + d) * load16<KIND>(k, at + d);
-    float out = sum(total);
-    for (; d < D; d++) out += q[d] * load1<KIND>(k, at + d);
-    return out;
+inline vf load_head(const void* data, int64_t at, int64_t left) {
+    if (left >= LANES) return load16<KIND>(data, at);
+    float some[LANES] = {};
+    for (int64_t i = 0; i < left; i++) some[i] = load1<KIND>(data, at + i);
+    return load(some);
 }
 
-// One chunk of keys [start, end) for the G query heads of one kv head: peak, total and acc [D] a head.
+// Lane l of out is the sum of x[l], for x[0] to x[LANES - 1]: two vectors become one that holds halves of both, again and
+// again. x is written over.
+template <int BIT = 1>
+inline vf sums_of_lanes(vf* x) {
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vi odd = (lane & BIT) != 0;
+    const vi other = (lane ^ BIT) + (odd & LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2 / BIT; i++)
+        x[i] = (odd ? x[2 * i + 1] : x[2 * i]) + __builtin_shuffle(x[2 * i], x[2 * i + 1], other);
+    if constexpr (2 * BIT < LANES)
+        return sums_of_lanes<2 * BIT>(x);
+    else
+        return x[0];
+}
+
+// scores [G][CHUNK]: the products of G heads, no more than HEADS, with n keys, times scale; -inf up to a whole vector.
+// PARTS: vectors of a head, or 0 where D is no multiple of LANES or long.
+template <int KIND, int PARTS>
+void score(const float* q, const void* k, int64_t base, int64_t stride, int64_t n, int64_t G, int64_t D, float scale,
+           float* scores) {
+    for (int64_t s = 0; s < n; s += LANES) {
+        vf found[HEADS][LANES] = {};
+        const int64_t num = n - s < LANES ? n - s : LANES;
+        for (int64_t i = 0; i < num; i++) {
+            const int64_t at = base + (s + i) * stride;
+            if constexpr (PARTS > 0) {
+                vf key[PARTS];
+                for (int d = 0; d < PARTS; d++) key[d] = load16<KIND>(k, at + d * LANES);
+                for (int64_t g = 0; g < G; g++) {
+                    vf total = load(q + g * D) * key[0];
+                    for (int d = 1; d < PARTS; d++) total += load(q + g * D + d * LANES) * key[d];
+                    found[g][i] = total;
+                }
+            } else {
+                for (int64_t d = 0; d < D; d += LANES) {
+                    const vf key = load_head<KIND>(k, at + d, D - d);
+                    for (int64_t g = 0; g < G; g++) found[g][i] += load_head<F32>(q, g * D + d, D - d) * key;
+                }
+            }
+        }
+        for (int64_t g = 0; g < G; g++) {
+            vf out = sums_of_lanes(found[g]) * scale;
+            for (int64_t i = num; i < LANES; i++) out[i] = -INFINITY;
+            store(scores + g * CHUNK + s, out);
+        }
+    }
+}
+
+// acc [GB][LANES * DB], rows `ld` apart: the values of n keys times GB heads' weights, DB vectors of their D at a time.
+template <int KIND, int GB, int DB>
+inline void weigh(const float* weights, const void* v, int64_t base, int64_t stride, int64_t n, float* acc, int64_t ld) {
+    vf sums[GB][DB];
+    for (int g = 0; g < GB; g++)
+        for (int d = 0; d < DB; d++) sums[g][d] = vf{};
+    for (int64_t s = 0; s < n; s++) {
+        vf value[DB];
+        for (int d = 0; d < DB; d++) value[d] = load16<KIND>(v, base + s * stride + d * LANES);
+        for (int g = 0; g < GB; g++) {
+            const vf weight = spread(weights[g * CHUNK + s]);
+            for (int d = 0; d < DB; d++) sums[g][d] += weight * value[d];
+        }
+    }
+    for (int g = 0; g < GB; g++)
+        for (int d = 0; d < DB; d++) store(acc + g * ld + d * LANES, sums[g][d]);
+}
+
+template <int KIND, int GB>
+void weigh_all(const float* weights, const void* v, int64_t base, int64_t stride, int64_t n, int64_t D, float* acc,
+               int64_t ld) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<KIND, GB, 4>(weights, v, base + d, stride, n, acc + d, ld);
+    for (; d + LANES <= D; d += LANES) weigh<KIND, GB, 1>(weights, v, base + d, stride, n, acc + d, ld);
+    for (; d < D; d++)
+        for (int g = 0; g < GB; g++) {
+            float total = 0;
+            for (int64_t s = 0; s < n; s++) total += weights[g * CHUNK + s] * load1<KIND>(v, base + s * stride + d);
+            acc[g * ld + d] = total;
+        }
+}
+
+// One chunk of keys [start, end) for up to HEADS query heads of one kv head: peak, total and acc [D] a head.
+template <int KIND>
+void attend_some(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t n, int64_t G,
+                 int64_t D, float scale, float* part) {
+    float scores[HEADS * CHUNK];
+    switch (D) {
+        case 64: score<KIND, 4>(q, k, base, stride, n, G, D, scale, scores); break;
+        case 128: score<KIND, 8>(q, k, base, stride, n, G, D, scale, scores); break;
+        default: score<KIND, 0>(q, k, base, stride, n, G, D, scale, scores);
+    }
+    for (int64_t g = 0; g < G; g++) {
+        float* row = scores + g * CHUNK;
+        float peak = -INFINITY;
+        for (int64_t s = 0; s < n; s++) peak = row[s] > peak || row[s] != row[s] ? row[s] : peak;
+        vf total{};
+        for (int64_t s = 0; s < n; s += LANES) {
+            const vf weight = exp16(load(row + s) - peak);
+            store(row + s, weight);
+            total += weight;
+        }
+        part[g * (D + 2)] = peak;
+        part[g * (D + 2) + 1] = sum(total);
+    }
+    static_assert(HEADS == 4, "the switch below has the sizes up to it");
+    switch (G) {
+        case 4: return weigh_all<KIND, 4>(scores, v, base, stride, n, D, part + 2, D + 2);
+        case 3: return weigh_all<KIND, 3>(scores, v, base, stride, n, D, part + 2, D + 2);
+        case 2: return weigh_all<KIND, 2>(scores, v, base, stride, n, D, part + 2, D + 2);
+        case 1: return weigh_all<KIND, 1>(scores, v, base, stride, n, D, part + 2, D + 2);
+    }
+}
+
+// As above for all G heads.
 template <int KIND>
 void attend(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t start, int64_t end,
             int64_t G, int64_t D, float scale, float* part) {
-    float scores[CHUNK + LANES];
-    for (int64_t g = 0; g < G; g++, part += D + 2) {
-        const int64_t n = end - start;
-        float peak = -INFINITY;
-        for (int64_t s = 0; s < n; s++) {
-            scores[s] = dot_key<KIND>(q + g * D, k, base + (start + s) * stride, D) * scale;
-            peak = scores[s] > peak || scores[s] != scores[s] ? scores[s] : peak;
-        }
-        for (int64_t s = n; s < n + LANES; s++) scores[s] = -INFINITY;
-        vf total{};
-        for (int64_t s = 0; s < n; s += LANES) {
-            vf weight = exp16(load(scores + s) - peak);
-            store(scores + s, weight);
-            total += weight;
-        }
-        part[0] = peak;
-        part[1] = sum(total);
-        float* acc = part + 2;
-        int64_t d = 0;
-        for (; d + LANES <= D; d += LANES) {
-            vf out{};
-            for (int64_t s = 0; s < n; s++) out += scores[s] * load16<KIND>(v, base + (start + s) * stride + d);
-            store(acc + d, out);
-        }
-        for (; d < D; d++) {
-            acc[d] = 0;
-            for (int64_t s = 0; s < n; s++) acc[d] += scores[s] * load1<KIND>(v, base + (start + s) * stride + d);
-        }
-    }
+    for (int64_t g = 0; g < G; g += HEADS)
+        attend_some<KIND>(q + g * D, k, v, base + start * stride, stride, end - start, G - g < HEADS ? G - g : HEADS, D,
+                          scale, part + g * (D + 2));
 }
 
 // out [B, H * D], rows ldo apart: each row attends to [start, end) of its cache row, chunk by chunk; an empty interval gives 0.
