@@ -474,8 +474,13 @@ void attend_some(const float* q, const void* k, const void* v, int64_t base, int
     }
     for (int64_t g = 0; g < G; g++) {
         float* row = scores + g * CHUNK;
-        float peak = -INFINITY;
-        for (int64_t s = 0; s < n; s++) peak = row[s] > peak || row[s] != row[s] ? row[s] : peak;
+        vf most = load(row);
+        for (int64_t s = LANES; s < n; s += LANES) {
+            const vf x = load(row + s);
+            most = (x > most) | (x != x) ? x : most;  // NaN wins
+        }
+        float peak = most[0];
+        for (int i = 1; i < LANES; i++) peak = most[i] > peak || most[i] != most[i] ? most[i] : peak;
         vf total{};
         for (int64_t s = 0; s < n; s += LANES) {
             const vf weight = exp16(load(row + s) - peak);
