@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nvlm_kernels import gated_project, tanh_gated_add, tile_attention
 from nvlm_runtime.config import CrossConfig, TextConfig
+from nvlm_runtime.parallel import SOLO, Group, TextShard
 from nvlm_runtime.vision import RMSNorm
 from nvlm_runtime.weight_only import dense_weight
 
@@ -27,10 +28,15 @@ def sinusoids(start: int, length: int, width: int, device: torch.device) -> Tens
 
 
 class GatedCrossAttention(nn.Module):
-    """One gated layer. Every gate starts at 0: the decoder is then the bare language model, bit for bit."""
+    """One gated layer. Every gate starts at 0: the decoder is then the bare language model, bit for bit.
 
-    def __init__(self, text: TextConfig, cross: CrossConfig):
+    Of a rank's heads and inner columns: one all-reduce for the attention and one for the feed-forward. Gates are held
+    by all ranks and applied once, behind the sum.
+    """
+
+    def __init__(self, text: TextConfig, cross: CrossConfig, group: Group = SOLO):
         super().__init__()
+        self.group, self.text = group, text
         size, head_dim = text.hidden_size, text.head_dim
         self.head_dim = head_dim
         self.positions = cross.positions
@@ -50,8 +56,8 @@ class GatedCrossAttention(nn.Module):
             self.up_proj = nn.Linear(size, text.intermediate_size, bias=False)
             self.down_proj = nn.Linear(text.intermediate_size, size, bias=False)
         else:
-            self.fc1 = nn.Linear(size, 4 * size, bias=False)
-            self.fc2 = nn.Linear(4 * size, size, bias=False)
+            self.fc1 = nn.Linear(size, 4 * size // group.size, bias=False)
+            self.fc2 = nn.Linear(4 * size // group.size, size, bias=False)
 
     def keys_values(self, embeds: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """embeds: [B, S, C] image tokens (NVLM-H: tags beside them); start: the first one's place among all images'.
@@ -60,23 +66,35 @@ class GatedCrossAttention(nn.Module):
         """
         if self.positions == "sinusoidal":
             embeds = embeds + sinusoids(start, *embeds.shape[1:], embeds.device).to(embeds.dtype)
-        heads = (-1, self.head_dim)
-        return self.k_proj(embeds).unflatten(-1, heads), self.v_proj(embeds).unflatten(-1, heads)
+        embeds = self.group.spread(embeds)
+        k, v = (self._heads(linear, embeds).unflatten(-1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
+        return k, v
+
+    def _heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """Of this rank's kv heads. Where ranks share one, its gradient is the sum of theirs."""
+        if not isinstance(self.text, TextShard) or not torch.is_grad_enabled():
+            return linear(x)
+        at, num = self.text.first_kv_head, self.text.whole.num_key_value_heads
+        return F.linear(x, self.group.share_gradient(linear.weight, at, num))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        x = self.group.spread(x)
         if self.ffn == "swiglu":
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.fc2(F.gelu(self.fc1(x)))
+            return self.group.reduce(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return self.group.reduce(self.fc2(F.gelu(self.fc1(x))))
 
     def forward(self, x: Tensor, branch: Tensor | None, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
         """x, branch: [B, T, C], the residual stream and what is still to be added to it; k, v: [B, S, Hkv, D];
         intervals: [B, T, 2]. Returns [B, T, C].
         """
         x, normed = self.norm.join(x, branch)
-        q = self.q_proj(normed).unflatten(-1, (-1, self.head_dim))
+        q = self.q_proj(self.group.spread(normed)).unflatten(-1, (-1, self.head_dim))
         sees = intervals[..., 1] > intervals[..., 0]
         out = tile_attention(q, k, v, intervals)
-        x = gated_project(out.flatten(2), dense_weight(self.o_proj, x.dtype), x, self.gate, sees)
+        if self.group.size == 1:
+            x = gated_project(out.flatten(2), dense_weight(self.o_proj, x.dtype), x, self.gate, sees)
+        else:
+            x = tanh_gated_add(x, self.group.reduce(self.o_proj(out.flatten(2))), self.gate)
         if self.ffn == "none":
             return x
         branch = torch.where(sees[..., None], self._feed_forward(self.ffn_norm(x)), 0)

@@ -10,6 +10,7 @@ self-attention and its feed-forward) or Flamingo ("before" the layer).
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_kernels import swiglu
@@ -17,6 +18,7 @@ from nvlm_runtime.attention import Attention, FlatPast, Past
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.cross import GatedCrossAttention
+from nvlm_runtime.parallel import SOLO, Group, TextShard, VocabularyEmbedding
 from nvlm_runtime.rotary import Rotary
 from nvlm_runtime.vision import RMSNorm
 
@@ -30,8 +32,11 @@ class CrossView:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: TextConfig):
+    """Of a rank's heads; one all-reduce."""
+
+    def __init__(self, config: TextConfig, group: Group):
         super().__init__()
+        self.group, self.config = group, config
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         size = self.num_heads * config.head_dim
         self.qkv_proj = nn.Linear(
@@ -40,29 +45,46 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | FlatPast) -> Tensor:
-        out = past.attend(self.qkv_proj(x), angles, self.num_heads, self.num_kv_heads)  # [B, T, H, D]
-        return self.o_proj(out.flatten(2))
+        out = past.attend(self._qkv(self.group.spread(x)), angles, self.num_heads, self.num_kv_heads)  # [B, T, H, D]
+        return self.group.reduce(self.o_proj(out.flatten(2)))
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """[B, T, (H + 2 Hkv) * D]. Where ranks share a kv head, its gradient is the sum of theirs."""
+        config, linear = self.config, self.qkv_proj
+        shared = isinstance(config, TextShard) and config.whole.num_key_value_heads < self.group.size
+        if not (shared and torch.is_grad_enabled()):
+            return linear(x)
+        at, num = config.first_kv_head, config.whole.num_key_value_heads
+        size = self.num_heads * config.head_dim
+        weight, bias = (
+            t if t is None else torch.cat([t[:size], self.group.share_gradient(t[size:], at, num)])
+            for t in (linear.weight, linear.bias)
+        )
+        return F.linear(x, weight, bias)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: TextConfig):
+    """Of a rank's inner columns; one all-reduce."""
+
+    def __init__(self, config: TextConfig, group: Group):
         super().__init__()
+        self.group = group
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.group.reduce(self.down_proj(swiglu(self.gate_up_proj(self.group.spread(x)))))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: TextConfig, cross: CrossConfig | None):
+    def __init__(self, config: TextConfig, cross: CrossConfig | None, group: Group):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
         self.cross_before = cross is not None and cross.placement == "before"
-        self.cross_attn = GatedCrossAttention(config, cross) if cross else None
+        self.cross_attn = GatedCrossAttention(config, cross, group) if cross else None
 
     def forward(
         self,
@@ -87,15 +109,20 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings [B, T, C] and positions [B, T] to hidden states [B, T, C]."""
+    """Embeddings [B, T, C] and positions [B, T] to hidden states [B, T, C].
 
-    def __init__(self, config: TextConfig, cross: CrossConfig | None):
+    config: a rank's own share in a group of several, which all hold the same hidden states. Collectives: two
+    all-reduces a layer, one more for a gated layer's attention and one for its feed-forward; one for the embedding; a
+    gather in `logits` alone. In training, as many on the way back.
+    """
+
+    def __init__(self, config: TextConfig, cross: CrossConfig | None, group: Group = SOLO):
         super().__init__()
-        self.config = config
+        self.config, self.group = config, group
         self.cross_layers = cross.layers if cross else ()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = VocabularyEmbedding(config, group)
         self.layers = nn.ModuleList(
-            Layer(config, cross if i in self.cross_layers else None) for i in range(config.num_hidden_layers)
+            Layer(config, cross if i in self.cross_layers else None, group) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -137,4 +164,11 @@ class Decoder(nn.Module):
         return self.run(x, positions, Past(cache, positions, visible, self.attention), view)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden)
+        """hidden: [*, C]. Returns [*, vocab]: of all ranks, gathered."""
+        if self.group.size == 1:
+            return self.lm_head(hidden)
+        return self.group.gather(self.local_logits(hidden))[..., : self.config.whole.vocab_size]
+
+    def local_logits(self, hidden: Tensor) -> Tensor:
+        """[*, vocab rows of this rank], the last rank's padded with rows of zeros."""
+        return self.lm_head(self.group.spread(hidden))

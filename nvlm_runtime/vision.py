@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_kernels import add_rms_norm, layer_scale_residual, qk_norm, rms_norm
+from nvlm_kernels import add_rms_norm, layer_scale_residual, qk_norm, qk_norm_from_sums, qk_sum_squares, rms_norm
 from nvlm_runtime.config import VisionConfig
+from nvlm_runtime.parallel import SOLO, Group, VisionShard
 from nvlm_runtime.vision_attention import attend
 
 
@@ -65,45 +66,65 @@ class Embeddings(nn.Module):
         return torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1) + self.position_embedding
 
 
+def end_block(linear: nn.Module, x: Tensor, group: Group) -> Tensor:
+    """linear(x), whose in features are shared out over the ranks; its bias is added once."""
+    if group.size == 1:
+        return linear(x)
+    return group.reduce(F.linear(x, linear.weight)) + linear.bias
+
+
 class Attention(nn.Module):
-    def __init__(self, config: VisionConfig):
+    """Of a rank's heads: one all-reduce, and where q and k are normed one more of two numbers a row."""
+
+    def __init__(self, config: VisionConfig, group: Group = SOLO):
         super().__init__()
-        size = config.hidden_size
+        size, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.group, self.width = group, size
         self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(size, 3 * size, bias=config.qkv_bias)
-        self.proj = nn.Linear(size, size)
+        self.qkv = nn.Linear(size, 3 * inner, bias=config.qkv_bias)
+        self.proj = nn.Linear(inner, size)
         self.qk_normalization = config.qk_normalization
         if config.qk_normalization:
-            self.q_norm = RMSNorm(size, config.layer_norm_eps)
-            self.k_norm = RMSNorm(size, config.layer_norm_eps)
+            self.q_norm = RMSNorm(inner, config.layer_norm_eps)
+            self.k_norm = RMSNorm(inner, config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
+        qkv = self.qkv(self.group.spread(x))
         q, k, v = qkv.chunk(3, dim=-1)
         if self.qk_normalization:
-            q, k = qk_norm(qkv, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+            q, k = self._norm(qkv)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, H, P, D]
-        return self.proj(attend(q, k, v))
+        return end_block(self.proj, attend(q, k, v), self.group)
+
+    def _norm(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.q_norm.weight, self.k_norm.weight
+        if self.group.size == 1:
+            return qk_norm(qkv, *weights, self.q_norm.eps)
+        sums = self.group.spread(self.group.reduce(qk_sum_squares(qkv)))  # [N, P, 2]; each rank norms its own by them
+        return qk_norm_from_sums(qkv, sums, self.width, *weights, self.q_norm.eps)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: VisionConfig):
+    """Of a rank's inner columns: one all-reduce."""
+
+    def __init__(self, config: VisionConfig, group: Group = SOLO):
         super().__init__()
+        self.group = group
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return end_block(self.fc2, F.gelu(self.fc1(self.group.spread(x))), self.group)
 
 
 class Block(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, group: Group = SOLO):
         super().__init__()
         self.norm1 = _norm(config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, group)
         self.ls1 = nn.Parameter(0.1 * torch.ones(config.hidden_size))
         self.norm2 = _norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
         self.ls2 = nn.Parameter(0.1 * torch.ones(config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,9 +133,9 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, group: Group = SOLO):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, group) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -125,17 +146,31 @@ class Encoder(nn.Module):
 class InternViT(nn.Module):
     """pixel_values [N, 3, image_size, image_size] to [N, P, C]: the class token is dropped at the end.
 
-    Raises ValueError when the tiles have another shape.
+    config: a rank's own share (`parallel.VisionShard`) where the tower is cut by heads; else every rank of the group
+    holds the tower and takes every size-th part of the tiles, which has no gradient. Raises ValueError when the tiles
+    have another shape.
     """
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, group: Group = SOLO):
         super().__init__()
-        self.config = config
+        by_heads = isinstance(config, VisionShard)
+        self.config, self.tile_group = config, SOLO if by_heads else group
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, group if by_heads else SOLO)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"vision: expected tiles [N, 3, {size}, {size}], got {tuple(pixel_values.shape)}")
-        return self.encoder(self.embeddings(pixel_values))[:, 1:]
+        if self.tile_group.size == 1:
+            return self.encoder(self.embeddings(pixel_values))[:, 1:]
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError("vision: a tower whose tiles are shared out does not train: use vision_split='heads'")
+        num, size, rank = len(pixel_values), self.tile_group.size, self.tile_group.rank
+        each = -(-num // size)
+        mine = pixel_values[rank * each : (rank + 1) * each]
+        config = self.config
+        features = pixel_values.new_zeros(each, config.num_patches, config.hidden_size)
+        if len(mine):
+            features[: len(mine)] = self.encoder(self.embeddings(mine))[:, 1:]
+        return self.tile_group.gather(features, dim=0)[:num]

@@ -3,8 +3,9 @@
 One table (`_entries`) says what every tensor of a file is in memory. Three things differ between the two: the
 decoder's q, k, v and gate, up are one weight each in memory; the file's `language_model.model.` is our
 `language_model.`; and InternViT's attention is padded in the file with `num_dummy_heads` all-zero heads (25 to 32 in
-the published model), inside each third of qkv, in the q/k norms and in the columns of proj. Loading checks every
-name and shape before it allocates, then streams tensor by tensor, so host memory holds the weights once.
+the published model), inside each third of qkv, in the q/k norms and in the columns of proj. A rank of a
+tensor-parallel group holds a slice of most tensors, and the table says which. Loading checks every name and shape
+before it allocates, then streams slice by slice, so host memory holds the weights once.
 Source: spec of nvidia/NVLM-D-72B (HF layout), Megatron-LM's converter for the padding.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig, from_hf, to_hf
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.parallel import SOLO, Group, TextShard, VisionShard, VisionSplit
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,51 +32,124 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its place in a parameter.
+class Piece:
+    """Along one axis, [start, end) of a file's tensor, which stands from `at` in the parameter."""
 
-    rows: the part [start, end) of the parameter's first axis it fills, None for all of it. padded: the axis that
-    carries dummy heads in the file (None where there are none), cut into `thirds` parts that are padded one by one.
+    start: int
+    end: int
+    at: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file and what this rank holds of it.
+
+    shape: in the file. axis: the one that is cut; None where the parameter is the tensor. pieces: of that axis; what of
+    the parameter no entry fills is zero. padding: [start, end) of the axis that must be zero in the file.
     """
 
     parameter: str
     shape: tuple[int, ...]
-    rows: tuple[int, int] | None = None
-    padded: int | None = None
-    thirds: int = 1
+    axis: int | None = None
+    pieces: tuple[Piece, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+
+
+def _share(start: int, end: int, rank: int, each: int) -> tuple[int, int]:
+    """Rank's part of [start, end) in parts of `each`, cut off at the end."""
+    return min(start + rank * each, end), min(start + (rank + 1) * each, end)
+
+
+# decoder weights that are cut by rows (out features) and by columns (in features) between ranks
+ROW_PARTS = ("gate_proj", "up_proj", "fc1")
+COLUMN_PARTS = ("o_proj.weight", "down_proj.weight", "fc2.weight")
 
 
 def _entries(model: NVLMModel) -> dict[str, Entry]:
-    """File name of every tensor to its entry, in file order."""
-    config = model.config
-    text, vision = config.text, config.vision
-    dummy = vision.num_dummy_heads * vision.head_dim
+    """File name of every tensor to its entry, in file order. A rank of a group has the same names and shapes."""
     entries: dict[str, Entry] = {}
-
-    def split(parameter: str, shape: tuple[int, ...], joined: str, parts: Mapping[str, int]) -> None:
-        at = 0
-        for part, rows in parts.items():
-            name = _file_name(parameter.replace(joined, part))
-            entries[name] = Entry(parameter, (rows, *shape[1:]), (at, at + rows))
-            at += rows
-
-    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     for parameter, tensor in model.named_parameters():
-        shape = tuple(tensor.shape)
-        if ".qkv_proj." in parameter:
-            split(parameter, shape, "qkv_proj", {"q_proj": q, "k_proj": kv, "v_proj": kv})
-        elif ".mlp.gate_up_proj." in parameter:
-            split(parameter, shape, "gate_up_proj", dict.fromkeys(("gate_proj", "up_proj"), shape[0] // 2))
-        elif ".attn.qkv." in parameter:
-            padded = (shape[0] + 3 * dummy, *shape[1:])
-            entries[parameter] = Entry(parameter, padded, padded=0, thirds=3)
-        elif ".attn.q_norm." in parameter or ".attn.k_norm." in parameter:
-            entries[parameter] = Entry(parameter, (shape[0] + dummy,), padded=0)
-        elif parameter.endswith(".attn.proj.weight"):
-            entries[parameter] = Entry(parameter, (shape[0], shape[1] + dummy), padded=1)
-        else:
-            entries[_file_name(parameter)] = Entry(parameter, shape)
+        part = parameter.split(".")[0]
+        entries_of = {"vision_model": _vision_entries, "mlp1": _projector_entries}.get(part, _decoder_entries)
+        entries |= entries_of(model, parameter, tuple(tensor.shape))
     return entries
+
+
+def _cut(parameter: str, shape: tuple[int, ...], axis: int, length: int, start: int, end: int) -> Entry:
+    """A parameter that is [start, end) of `length` along an axis of the file's tensor."""
+    whole = shape[:axis] + (length,) + shape[axis + 1 :]
+    return Entry(parameter, whole, axis, (Piece(start, end, 0),))
+
+
+def _decoder_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) -> dict[str, Entry]:
+    text, part, rank = model.config.text, model.shard.text, model.group.rank
+    dim, name = text.head_dim, _file_name(parameter)
+    q = (rank * part.num_attention_heads * dim, (rank + 1) * part.num_attention_heads * dim)
+    first = part.first_kv_head if isinstance(part, TextShard) else 0
+    kv = (first * dim, (first + part.num_key_value_heads) * dim)
+    heads = {"q_proj": (text.num_attention_heads * dim, q)}
+    heads |= dict.fromkeys(("k_proj", "v_proj"), (text.num_key_value_heads * dim, kv))
+
+    def joined(place: str, parts: Mapping[str, tuple[int, tuple[int, int]]]) -> dict[str, Entry]:
+        found, at = {}, 0
+        for word, (length, (start, end)) in parts.items():
+            piece = Piece(start, end, at)
+            found[name.replace(place, word)] = Entry(parameter, (length, *shape[1:]), 0, (piece,))
+            at += piece.size
+        return found
+
+    if ".qkv_proj." in parameter:
+        return joined("qkv_proj", heads)
+    if ".mlp.gate_up_proj." in parameter:
+        inner = (text.intermediate_size, (rank * shape[0] // 2, (rank + 1) * shape[0] // 2))
+        return joined("gate_up_proj", dict.fromkeys(("gate_proj", "up_proj"), inner))
+    if "embed_tokens" in parameter or "lm_head" in parameter:
+        return {name: _cut(parameter, shape, 0, text.vocab_size, *_share(0, text.vocab_size, rank, shape[0]))}
+    word = parameter.split(".")[-2]
+    if word in heads:
+        length, (start, end) = heads[word]
+        return {name: _cut(parameter, shape, 0, length, start, end)}
+    size = model.group.size
+    if word in ROW_PARTS:
+        return {name: _cut(parameter, shape, 0, shape[0] * size, rank * shape[0], (rank + 1) * shape[0])}
+    if parameter.endswith(COLUMN_PARTS):
+        return {name: _cut(parameter, shape, 1, shape[1] * size, rank * shape[1], (rank + 1) * shape[1])}
+    return {name: Entry(parameter, shape)}
+
+
+def _projector_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) -> dict[str, Entry]:
+    axis = {"mlp1.1.weight": 0, "mlp1.3.weight": 1}.get(parameter)
+    if axis is None or len(model.mlp1) == 2:
+        return {parameter: Entry(parameter, shape)}
+    each, rank = shape[axis], model.group.rank
+    return {parameter: _cut(parameter, shape, axis, each * model.group.size, rank * each, (rank + 1) * each)}
+
+
+def _vision_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) -> dict[str, Entry]:
+    vision, part = model.config.vision, model.shard.vision
+    rank = model.group.rank if isinstance(part, VisionShard) else 0
+    if ".mlp.fc1." in parameter or parameter.endswith(".mlp.fc2.weight"):
+        axis = 1 if ".fc2." in parameter else 0
+        each = shape[axis]
+        length = vision.intermediate_size
+        return {parameter: _cut(parameter, shape, axis, length, rank * each, (rank + 1) * each)}
+    thirds = 3 if ".attn.qkv." in parameter else 1
+    if thirds == 1 and not (".q_norm." in parameter or ".k_norm." in parameter or parameter.endswith(".proj.weight")):
+        return {parameter: Entry(parameter, shape)}
+    axis = 1 if parameter.endswith(".proj.weight") else 0
+    real, each = vision.num_attention_heads * vision.head_dim, part.num_attention_heads * vision.head_dim
+    padded = real + vision.num_dummy_heads * vision.head_dim
+    pieces = []
+    for third in range(thirds):
+        start, end = _share(third * padded, third * padded + real, rank, each)
+        pieces.append(Piece(start, end, third * each))
+    padding = tuple((third * padded + real, (third + 1) * padded) for third in range(thirds) if padded > real)
+    whole = shape[:axis] + (thirds * padded,) + shape[axis + 1 :]
+    return {parameter: Entry(parameter, whole, axis, tuple(pieces), padding)}
 
 
 def parameter_counts(config: NVLMConfig) -> dict[str, int]:
@@ -92,36 +167,29 @@ def parameter_counts(config: NVLMConfig) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
-def _place(parameter: Tensor, entry: Entry) -> Tensor:
-    return parameter if entry.rows is None else parameter[slice(*entry.rows)]
-
-
 def _file_name(parameter: str) -> str:
     if parameter.startswith("language_model.") and not parameter.startswith("language_model.lm_head."):
         return parameter.replace("language_model.", "language_model.model.", 1)
     return parameter
 
 
-def _crop(tensor: Tensor, entry: Entry, size: int, name: str) -> Tensor:
-    """Cuts the dummy heads off: `size` is the parameter's own length of the padded axis. ValueError if not zero."""
-    axis, part = entry.padded, tensor.shape[entry.padded] // entry.thirds
-    pieces = tensor.split(part, dim=axis)
-    real = size // entry.thirds
-    for piece in pieces:
-        if piece.narrow(axis, real, part - real).count_nonzero():
-            raise ValueError(f"{name}: the padding heads (from {real} of {part}) must be zero, and are not")
-    return torch.cat([piece.narrow(axis, 0, real) for piece in pieces], dim=axis)
+def _range(rank_of_tensor: int, axis: int, start: int, end: int) -> tuple[slice, ...]:
+    return tuple(slice(start, end) if i == axis else slice(None) for i in range(rank_of_tensor))
 
 
-def _pad(tensor: Tensor, entry: Entry) -> Tensor:
-    axis = entry.padded
-    extra = (entry.shape[axis] - tensor.shape[axis]) // entry.thirds
-    pieces = []
-    for piece in tensor.chunk(entry.thirds, dim=axis):
-        shape = list(piece.shape)
-        shape[axis] = extra
-        pieces += [piece, piece.new_zeros(shape)]
-    return torch.cat(pieces, dim=axis)
+def _fill(parameter: Tensor, entry: Entry, stored: Any, name: str, is_checked: bool) -> None:
+    """Reads of a file's slice what the entry takes, straight into the parameter. ValueError for padding not zero."""
+    if entry.axis is None:
+        parameter.copy_(stored[:] if entry.shape else stored[...])
+        return
+    num = len(entry.shape)
+    for start, end in entry.padding if is_checked else ():
+        if stored[_range(num, entry.axis, start, end)].count_nonzero():
+            raise ValueError(f"{name}: the padding heads (from {start} to {end}) must be zero, and are not")
+    for piece in entry.pieces:
+        if piece.size:
+            part = stored[_range(num, entry.axis, piece.start, piece.end)]
+            parameter[_range(num, entry.axis, piece.at, piece.at + piece.size)].copy_(part)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -193,13 +261,19 @@ def _dummy_heads(config: NVLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    group: Group = SOLO,
+    vision_split: VisionSplit = "tiles",
 ) -> tuple[NVLMModel, dict[str, Any]]:
     """A model in eval mode and its config.json, from a checkpoint folder.
 
-    dtype: None takes config.json's "torch_dtype", or the file's own where it has none. Raises FileNotFoundError
-    for absent files; ValueError for missing, unexpected or wrongly shaped tensors, non-zero padding heads, a damaged
-    file or a config this runtime does not know, each by name, before memory is allocated (padding: while it streams).
+    A rank of a group reads its own slices alone, each file once and in order, straight to their places: host memory
+    holds its share and one tensor. dtype: None takes config.json's "torch_dtype", or the file's own where it has none.
+    Raises FileNotFoundError for absent files; ValueError for missing, unexpected or wrongly shaped tensors, non-zero
+    padding heads, a damaged file, a config this runtime does not know or a group that cannot share the model out, each
+    by name, before memory is allocated (padding: while it streams).
     """
     values = read_json(folder / "config.json")
     config = from_hf(values)
@@ -211,7 +285,7 @@ def load(
         if "num_dummy_heads" not in values["vision_config"]:
             config = _dummy_heads(config, shapes)
         with torch.device("meta"):
-            model = NVLMModel(config)
+            model = NVLMModel(config, group, vision_split)
         entries = _entries(model)
         if missing := set(entries) - set(where):
             raise ValueError(f"{folder} misses {len(missing)} tensors: {_some(missing)}")
@@ -229,14 +303,24 @@ def load(
         if config.text.tie_word_embeddings:
             model.language_model.tie()
         parameters = dict(model.named_parameters())
-        for name in sorted(entries, key=lambda name: (str(where[name]), name)):
-            entry, target = entries[name], parameters[entries[name].parameter]
-            tensor = files[where[name]].get_tensor(name)
-            if entry.padded is not None:
-                tensor = _crop(tensor, entry, target.shape[entry.padded], name)
-            with torch.no_grad():
-                _place(target, entry).copy_(tensor)
+        with torch.no_grad():
+            for name in _zeros(entries, parameters):
+                parameters[name].zero_()
+            for name in sorted(entries, key=lambda name: (str(where[name]), name)):
+                entry = entries[name]
+                stored = files[where[name]].get_slice(name)
+                _fill(parameters[entry.parameter], entry, stored, name, is_checked=group.rank == 0)
     return model.eval(), values
+
+
+def _zeros(entries: Mapping[str, Entry], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Parameters that their entries do not fill: a rank's zero heads, and vocabulary rows behind the last id."""
+    filled = dict.fromkeys(parameters, 0)
+    for entry in entries.values():
+        if entry.axis is not None:
+            filled[entry.parameter] += sum(piece.size for piece in entry.pieces)
+    axes = {entry.parameter: entry.axis for entry in entries.values()}
+    return [name for name, axis in axes.items() if axis is not None and filled[name] < parameters[name].shape[axis]]
 
 
 def _dtype(values: Mapping[str, Any], stored: str) -> torch.dtype:
@@ -263,6 +347,8 @@ def save(
     folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Raises ValueError
     for a quantised model: the layout has no place for it.
     """
+    if model.group.size > 1:
+        raise ValueError("save: expected a whole model, got one rank's share of a group")
     if any(buffer.dtype == torch.int8 for buffer in model.buffers()):
         raise ValueError("save: expected floating weights, got a quantised model: save it before quantize_vision")
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,5 +393,13 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _to_file(parameter: Tensor, entry: Entry, dtype: torch.dtype) -> Tensor:
-    tensor = _place(parameter.detach(), entry).to("cpu", dtype)
-    return (_pad(tensor, entry) if entry.padded is not None else tensor).contiguous().clone()
+    """The file's tensor of a whole model, what is padding zero."""
+    tensor = parameter.detach().to("cpu", dtype)
+    if entry.axis is None:
+        return tensor.contiguous().clone()
+    whole = tensor.new_zeros(entry.shape)
+    num = len(entry.shape)
+    for piece in entry.pieces:
+        part = tensor[_range(num, entry.axis, piece.at, piece.at + piece.size)]
+        whole[_range(num, entry.axis, piece.start, piece.end)] = part
+    return whole
