@@ -5,6 +5,7 @@ Bad input is one sentence on stderr and exit code 2; Ctrl-C ends with 130.
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,16 @@ def _style_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _parallel_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tp", type=int, metavar="N", help="split the model over N processes, one a GPU")
+    parser.add_argument(
+        "--vision-split",
+        choices=("tiles", "heads"),
+        default="tiles",
+        help="with --tp: every rank holds the tower and takes some tiles, or holds some heads (default: %(default)s)",
+    )
+
+
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
@@ -58,6 +69,7 @@ def _ask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print the tile plan of every picture first")
     parser.add_argument("--timings", action="store_true", help="print seconds a stage afterwards")
     _model_options(parser)
+    _parallel_options(parser)
     _style_option(parser)
     _sampling_options(parser)
     _json_option(parser)
@@ -133,9 +145,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_launcher(args: argparse.Namespace) -> bool:
+    """Whether to start ranks, rather than be one."""
+    return (getattr(args, "tp", None) or 1) > 1 and "RANK" not in os.environ
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     try:
+        if _is_launcher(args):
+            return importlib.import_module("nvlm_runtime.ranks").launch(argv, args.tp)
         return importlib.import_module(f"nvlm_runtime.commands.{args.module}").run(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -143,8 +166,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except (ValueError, OSError) as error:
-        print(f"nvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        if rank == 0:
+            print(f"nvlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+            raise
+        print(f"nvlm: rank {rank}: another rank is gone or hangs: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # a collective may still hold a thread
 
 
 if __name__ == "__main__":

@@ -56,8 +56,9 @@ class GatedCrossAttention(nn.Module):
             self.up_proj = nn.Linear(size, text.intermediate_size, bias=False)
             self.down_proj = nn.Linear(text.intermediate_size, size, bias=False)
         else:
-            self.fc1 = nn.Linear(size, 4 * size // group.size, bias=False)
-            self.fc2 = nn.Linear(4 * size // group.size, size, bias=False)
+            inner = -(-4 * size // group.size)
+            self.fc1 = nn.Linear(size, inner, bias=False)
+            self.fc2 = nn.Linear(inner, size, bias=False)
 
     def keys_values(self, embeds: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """embeds: [B, S, C] image tokens (NVLM-H: tags beside them); start: the first one's place among all images'.

@@ -4,10 +4,12 @@ The prefix and the images are computed once; a step costs one token through the 
 before it, but for attention itself.
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from nvlm_runtime.image import TilePlan, grids, open_image, plan_tiles, tile_pix
 from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.parallel import SOLO, Group, VisionSplit
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
 from nvlm_runtime.quantize import quantize as quantize_model
@@ -37,7 +40,7 @@ from nvlm_runtime.slots import Slots
 from nvlm_runtime.stages import Stages
 from nvlm_runtime.template import ChatTemplate
 from nvlm_runtime.tokenizer import TextStream, Tokenizer
-from nvlm_runtime.weights import DTYPES, load, read_json
+from nvlm_runtime.weights import DTYPES, checkpoint_digest, load, read_json
 
 ROUNDING = 256  # slots: requests of nearly the same length share their buffers
 BUNDLED = Path(__file__).parent / "models"
@@ -130,6 +133,7 @@ class NVLM:
             raise ValueError("graphs and native exclude each other: static stages are PyTorch's")
         if check and (graphs or native):
             raise ValueError("check looks at every layer in PyTorch: it excludes graphs and native")
+        self.model = model
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         found = None if graphs else self._library(False if check else native, cache_folder)
@@ -139,7 +143,6 @@ class NVLM:
             quantize_model(model, quantize)
         if check:
             check_layers(model)
-        self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
         self.template = template
@@ -157,8 +160,13 @@ class NVLM:
         self.stages.built = lambda name: self._watch.saw(f"the stage {name!r} was built")
 
     def _library(self, native: bool | None, folder: str | Path | None) -> Native | None:
+        alone = self.model.group.size == 1
+        if native and not alone:
+            raise ValueError("native decoding is one process's: it excludes a tensor-parallel group")
         if native is None:
-            native = is_default() and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16)
+            native = (
+                is_default() and alone and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16)
+            )
         return library(None if folder is None else Path(folder)) if native else None
 
     @classmethod
@@ -168,10 +176,14 @@ class NVLM:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         attention: Attention = "sdpa",
+        group: Group = SOLO,
+        vision_split: VisionSplit = "tiles",
         **options: Any,
     ) -> "NVLM":
         """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder.
 
+        group: the ranks that hold the model together (`ranks.join`). Every rank loads its share, then makes the same
+        calls with the same arguments and gets the same answers. vision_split: "tiles" or "heads" (`parallel`).
         dtype: None is config.json's torch_dtype. attention: what prompts' self-attention goes through, torch's own or
         "flash", the flash-attn package on a CUDA device; decoding has its own kernel. options: as of NVLM. Raises
         FileNotFoundError or ValueError as `weights.load` does, and ValueError where flash-attn is asked for and cannot
@@ -187,7 +199,8 @@ class NVLM:
         for special in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>"):
             tokenizer.special(special)
         template = ChatTemplate.load(folder)
-        model, _ = load(folder, device, dtype)
+        group.check_same("the checkpoint", checkpoint_digest(folder))
+        model, _ = load(folder, device, dtype, group, vision_split)
         model.language_model.attention = attention
         if tokenizer.vocab_size > model.config.text.vocab_size:
             raise ValueError(
@@ -331,7 +344,7 @@ class NVLM:
     def batch(self, num_rows: int, capacity: int, cross_capacity: int) -> Batch:
         """Buffers for `num_rows` rows of `capacity` tokens and `cross_capacity` image keys each."""
         slots = Slots.allocate(
-            self.config,
+            self.model.shard,
             num_rows,
             capacity,
             cross_capacity,
@@ -420,7 +433,9 @@ class NVLM:
         return self._watch.count
 
     def row(self, prepared: Prepared, params: GenerationParams) -> Row:
-        """A request ready for a batch."""
+        """A request ready for a batch. Ranks of a group draw by one seed."""
+        if params.seed is None and params.temperature and self.model.group.size > 1:
+            params = replace(params, seed=self.model.group.agree(int.from_bytes(os.urandom(8))))
         # the last token drawn is never fed back, so it needs no position
         room = self.config.text.context - len(prepared.input_ids) + 1
         return Row(

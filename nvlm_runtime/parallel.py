@@ -8,8 +8,8 @@ the feed-forward's inner columns. What ends a block is then a partial sum, and o
 `reduce` sums over the ranks and passes gradients as they are; `spread` passes activations as they are and sums
 gradients: between the two every rank has a part, outside them all have the same. Norms, gates, biases behind a `reduce`
 and residuals are held by all and computed alike. With more ranks than kv heads, ranks share one, and `share_gradient`
-sums what each found for it. The vocabulary is cut into runs of ids; behind its end a rank may hold rows of zeros that
-are never drawn.
+sums what each found for it. Inner columns and vocabulary rows are cut into equal runs, the last one's end padded with
+zeros where they do not divide: such columns give nothing and their gradients are zero, such rows are never drawn.
 
 The vision tower is held whole, and ranks take tiles (`tiles`: no collective but one gather; right for inference, where
 7 tiles on 8 GPUs cost one tile's time), or is cut by heads (`heads`: one rank's memory holds its share; right where
@@ -180,35 +180,30 @@ def _copy(config: Any, kind: type, **changes: Any) -> Any:
     return kind(**{field.name: getattr(config, field.name) for field in fields(config)} | changes)
 
 
-def sizes(config: NVLMConfig, vision_split: VisionSplit) -> list[int]:
+def sizes(config: NVLMConfig) -> list[int]:
     """Every number of ranks, up to 64, that the model can be split over."""
-    return [size for size in range(1, 65) if _splits(config, size, vision_split)]
+    return [size for size in range(1, 65) if _splits(config, size)]
 
 
-def _splits(config: NVLMConfig, size: int, vision_split: VisionSplit) -> bool:
-    text, vision = config.text, config.vision
-    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
-    inner = [text.intermediate_size] + ([4 * text.hidden_size] if config.cross and config.cross.ffn == "gelu4x" else [])
-    inner += [vision.intermediate_size] if vision_split == "heads" else []
-    shares = kv_heads % size == 0 or (size % kv_heads == 0 and heads % size == 0)
-    return heads % size == 0 and shares and all(columns % size == 0 for columns in inner)
+def _splits(config: NVLMConfig, size: int) -> bool:
+    heads, kv_heads = config.text.num_attention_heads, config.text.num_key_value_heads
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 
 def shard_config(config: NVLMConfig, group: Group, vision_split: VisionSplit = "tiles") -> NVLMConfig:
     """What one rank's modules are built from; the config itself in a group of 1.
 
-    Raises ValueError, with the sizes that can, where the heads or the inner columns cannot be shared out evenly.
+    Raises ValueError, with the sizes that can, where the heads cannot be shared out evenly.
     """
     if vision_split not in ("tiles", "heads"):
         raise ValueError(f"vision_split must be 'tiles' or 'heads', got {vision_split!r}")
     if group.size == 1:
         return config
     text, vision, size = config.text, config.vision, group.size
-    if not _splits(config, size, vision_split):
+    if not _splits(config, size):
         raise ValueError(
-            f"{size} ranks cannot share {text.num_attention_heads} heads, {text.num_key_value_heads} kv heads and "
-            f"{text.intermediate_size} inner columns evenly: this model can be split over "
-            f"{', '.join(map(str, sizes(config, vision_split)))}"
+            f"{size} ranks cannot share {text.num_attention_heads} heads and {text.num_key_value_heads} kv heads "
+            f"evenly: this model can be split over {', '.join(map(str, sizes(config)))}"
         )
     kv_heads, rows = text.num_key_value_heads, -(-text.vocab_size // size)
     part = _copy(
@@ -216,7 +211,7 @@ def shard_config(config: NVLMConfig, group: Group, vision_split: VisionSplit = "
         TextShard,
         num_attention_heads=text.num_attention_heads // size,
         num_key_value_heads=max(1, kv_heads // size),
-        intermediate_size=text.intermediate_size // size,
+        intermediate_size=-(-text.intermediate_size // size),
         vocab_size=rows,
         whole=text,
         first_kv_head=group.rank * kv_heads // size,
@@ -227,7 +222,7 @@ def shard_config(config: NVLMConfig, group: Group, vision_split: VisionSplit = "
             vision,
             VisionShard,
             num_attention_heads=-(-vision.num_attention_heads // size),
-            intermediate_size=vision.intermediate_size // size,
+            intermediate_size=-(-vision.intermediate_size // size),
             whole=vision,
         )
     return replace(config, text=part, vision=vision)

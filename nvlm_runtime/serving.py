@@ -153,6 +153,8 @@ class Engine:
         max_image_tokens: int | None = None,
         max_queue: int = 64,
     ):
+        if model.model.group.size > 1:
+            raise ValueError("an engine's order of requests is its process's own: it serves a model of one process")
         if max_image_tokens is None:
             max_image_tokens = -(-model.max_image_keys // ROUNDING) * ROUNDING
         _check_size("max_rows", max_rows, 1)

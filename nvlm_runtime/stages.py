@@ -16,7 +16,8 @@ from nvlm_runtime.cache import CrossKV
 from nvlm_runtime.decoder import CrossView
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.native import NativeDecoder
-from nvlm_runtime.sampling import Draw, draw
+from nvlm_runtime.rank_sampling import draw_over_ranks
+from nvlm_runtime.sampling import Draw, Sampling
 from nvlm_runtime.slots import Slots
 
 
@@ -82,7 +83,7 @@ class Stages:
         """Draws a row's first token from the last hidden state of its prompt [1, C]; its position is set."""
         one = slots.rows(row, row + 1)
         with record_function("nvlm.prefill"):
-            self._draw(one, self.model.language_model.logits(hidden), one.position, kind)
+            self._draw(one, self.model.language_model.local_logits(hidden), one.position, kind)
         one.active.fill_(True)
 
     def step(self, slots: Slots, num_rows: int, visible: int, sees: bool, kind: Draw) -> None:
@@ -107,7 +108,7 @@ class Stages:
             return self._native_logits(slots, sees)
         view = CrossView(slots.cross, slots.interval) if sees else None
         x = decoder.embed_tokens(slots.token[:, None])
-        return decoder.logits(decoder.decode(x, slots.position[:, None], slots.cache, visible, view)[:, 0])
+        return decoder.local_logits(decoder.decode(x, slots.position[:, None], slots.cache, visible, view)[:, 0])
 
     def verify(self, slots: Slots, row: int, draft: Sequence[int], sees: bool, kind: Draw) -> list[int]:
         """What an active row draws next, and what it would draw behind each token of a draft: 1 + len(draft) tokens.
@@ -131,8 +132,8 @@ class Stages:
                 view = CrossView(one.cross, intervals.transpose(0, 1)) if sees else None
                 decoder, visible = self.model.language_model, int(slots.position[row]) + count
                 x = decoder.embed_tokens(token[None])
-                logits = decoder.logits(decoder.decode(x, positions[None], one.cache, visible, view)[0])
-            return draw(logits, slots.sampling.repeated(row, count), positions + 1, kind).tolist()
+                logits = decoder.local_logits(decoder.decode(x, positions[None], one.cache, visible, view)[0])
+            return self._pick(logits, slots.sampling.repeated(row, count), positions + 1, kind).tolist()
 
     def refresh(self) -> None:
         """Before a request: takes anew what was copied of weights that have changed since."""
@@ -147,9 +148,14 @@ class Stages:
         return logits
 
     def _draw(self, slots: Slots, logits: Tensor, positions: Tensor, kind: Draw) -> None:
-        drawn = draw(logits, slots.sampling, positions, kind)
+        drawn = self._pick(logits, slots.sampling, positions, kind)
         slots.drawn.copy_(drawn)
         slots.token.copy_(drawn.clamp(min=0))
+
+    def _pick(self, logits: Tensor, sampling: Sampling, positions: Tensor, kind: Draw) -> Tensor:
+        """Tokens [B] of this rank's logits, the same on every rank."""
+        vocab_size = self.model.config.text.vocab_size
+        return draw_over_ranks(logits, sampling, positions, kind, self.model.group, vocab_size)
 
 
 def write_cross(slots: Slots, row: int, start: int, kv: CrossKV) -> None:

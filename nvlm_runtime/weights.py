@@ -9,6 +9,7 @@ before it allocates, then streams slice by slice, so host memory holds the weigh
 Source: spec of nvidia/NVLM-D-72B (HF layout), Megatron-LM's converter for the padding.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -64,9 +65,9 @@ def _share(start: int, end: int, rank: int, each: int) -> tuple[int, int]:
     return min(start + rank * each, end), min(start + (rank + 1) * each, end)
 
 
-# decoder weights that are cut by rows (out features) and by columns (in features) between ranks
+# decoder weights whose inner columns are shared out: out features of the first, in features of the second
 ROW_PARTS = ("gate_proj", "up_proj", "fc1")
-COLUMN_PARTS = ("o_proj.weight", "down_proj.weight", "fc2.weight")
+COLUMN_PARTS = ("down_proj", "fc2")
 
 
 def _entries(model: NVLMModel) -> dict[str, Entry]:
@@ -94,49 +95,50 @@ def _decoder_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) -
     heads = {"q_proj": (text.num_attention_heads * dim, q)}
     heads |= dict.fromkeys(("k_proj", "v_proj"), (text.num_key_value_heads * dim, kv))
 
-    def joined(place: str, parts: Mapping[str, tuple[int, tuple[int, int]]]) -> dict[str, Entry]:
+    def joined(
+        place: str, parts: Mapping[str, tuple[int, tuple[int, int]]], each: int | None = None
+    ) -> dict[str, Entry]:
         found, at = {}, 0
         for word, (length, (start, end)) in parts.items():
             piece = Piece(start, end, at)
             found[name.replace(place, word)] = Entry(parameter, (length, *shape[1:]), 0, (piece,))
-            at += piece.size
+            at += each or piece.size
         return found
 
     if ".qkv_proj." in parameter:
         return joined("qkv_proj", heads)
     if ".mlp.gate_up_proj." in parameter:
-        inner = (text.intermediate_size, (rank * shape[0] // 2, (rank + 1) * shape[0] // 2))
-        return joined("gate_up_proj", dict.fromkeys(("gate_proj", "up_proj"), inner))
+        inner = (text.intermediate_size, _share(0, text.intermediate_size, rank, shape[0] // 2))
+        return joined("gate_up_proj", dict.fromkeys(("gate_proj", "up_proj"), inner), shape[0] // 2)
     if "embed_tokens" in parameter or "lm_head" in parameter:
         return {name: _cut(parameter, shape, 0, text.vocab_size, *_share(0, text.vocab_size, rank, shape[0]))}
     word = parameter.split(".")[-2]
     if word in heads:
         length, (start, end) = heads[word]
         return {name: _cut(parameter, shape, 0, length, start, end)}
-    size = model.group.size
-    if word in ROW_PARTS:
-        return {name: _cut(parameter, shape, 0, shape[0] * size, rank * shape[0], (rank + 1) * shape[0])}
-    if parameter.endswith(COLUMN_PARTS):
-        return {name: _cut(parameter, shape, 1, shape[1] * size, rank * shape[1], (rank + 1) * shape[1])}
-    return {name: Entry(parameter, shape)}
+    if parameter.endswith(".o_proj.weight"):
+        return {name: _cut(parameter, shape, 1, text.num_attention_heads * dim, *q)}
+    inner = 4 * text.hidden_size if word in ("fc1", "fc2") else text.intermediate_size
+    axis = 0 if word in ROW_PARTS else 1 if word in COLUMN_PARTS else None
+    if axis is None:
+        return {name: Entry(parameter, shape)}
+    return {name: _cut(parameter, shape, axis, inner, *_share(0, inner, rank, shape[axis]))}
 
 
 def _projector_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) -> dict[str, Entry]:
     axis = {"mlp1.1.weight": 0, "mlp1.3.weight": 1}.get(parameter)
     if axis is None or len(model.mlp1) == 2:
         return {parameter: Entry(parameter, shape)}
-    each, rank = shape[axis], model.group.rank
-    return {parameter: _cut(parameter, shape, axis, each * model.group.size, rank * each, (rank + 1) * each)}
+    inner = model.config.text.intermediate_size
+    return {parameter: _cut(parameter, shape, axis, inner, *_share(0, inner, model.group.rank, shape[axis]))}
 
 
 def _vision_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) -> dict[str, Entry]:
     vision, part = model.config.vision, model.shard.vision
     rank = model.group.rank if isinstance(part, VisionShard) else 0
     if ".mlp.fc1." in parameter or parameter.endswith(".mlp.fc2.weight"):
-        axis = 1 if ".fc2." in parameter else 0
-        each = shape[axis]
-        length = vision.intermediate_size
-        return {parameter: _cut(parameter, shape, axis, length, rank * each, (rank + 1) * each)}
+        axis, inner = int(".fc2." in parameter), vision.intermediate_size
+        return {parameter: _cut(parameter, shape, axis, inner, *_share(0, inner, rank, shape[axis]))}
     thirds = 3 if ".attn.qkv." in parameter else 1
     if thirds == 1 and not (".q_norm." in parameter or ".k_norm." in parameter or parameter.endswith(".proj.weight")):
         return {parameter: Entry(parameter, shape)}
@@ -258,6 +260,17 @@ def _dummy_heads(config: NVLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
             f"expected 3 x {vision.head_dim} x the heads, of which {vision.num_attention_heads} are real"
         )
     return replace(config, vision=replace(vision, num_dummy_heads=dummy))
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 of config.json and of the shards' headers, which name every tensor, its dtype, shape and place."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in _shards(folder):
+        with path.open("rb") as file:
+            size = file.read(8)
+            digest.update(path.name.encode() + size + file.read(min(int.from_bytes(size, "little"), 1 << 26)))
+            digest.update(path.stat().st_size.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def load(

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 
 from nvlm_runtime.engine import NVLM
+from nvlm_runtime.ranks import join, wait_for_loading
 from nvlm_runtime.sampling import GenerationParams
 
 
 def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
-    return NVLM.load(
+    group, device = join(args.device, getattr(args, "tp", None))
+    model = NVLM.load(
         args.model,
-        args.device,
+        device,
         getattr(torch, args.dtype) if args.dtype else None,
+        group=group,
+        vision_split=getattr(args, "vision_split", "tiles"),
         native=False if args.no_compile else None,
         graphs=args.graphs,
         check=args.check,
@@ -22,6 +26,8 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
         quantize=_scheme(args.quantize),
         **options,
     )
+    wait_for_loading(group)
+    return model
 
 
 def _scheme(entries: Sequence[str]) -> dict[str, str]:
