@@ -19,7 +19,7 @@ zero, as their gradients are.
 Source: Megatron-LM (Shoeybi et al. 2019), whose f and g are `spread` and `reduce`; transport is torch.distributed.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -176,6 +176,14 @@ class VisionShard(VisionConfig):
         return self.whole.head_dim
 
 
+@dataclass(frozen=True)
+class ModelShard(NVLMConfig):
+    """One rank's share of a model, whose text and vision may be shards."""
+
+    def __post_init__(self):
+        pass  # what it was cut from was checked
+
+
 def _copy(config: Any, kind: type, **changes: Any) -> Any:
     return kind(**{field.name: getattr(config, field.name) for field in fields(config)} | changes)
 
@@ -225,7 +233,7 @@ def shard_config(config: NVLMConfig, group: Group, vision_split: VisionSplit = "
             intermediate_size=-(-vision.intermediate_size // size),
             whole=vision,
         )
-    return replace(config, text=part, vision=vision)
+    return _copy(config, ModelShard, text=part, vision=vision)
 
 
 class VocabularyEmbedding(nn.Embedding):

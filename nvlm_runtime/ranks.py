@@ -6,6 +6,7 @@ tensors, by NCCL between GPUs and gloo between CPUs. Whoever waits for a rank th
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -33,10 +34,12 @@ def join(device: str, size: int | None, timeout: float = TIMEOUT) -> tuple[Group
     """The group that torchrun started this process in, SOLO outside; and this rank's own device.
 
     timeout: seconds a rank waits for another's part of a collective. Raises ValueError where `size` is given and the
-    group has another, RankLost where the ranks do not find each other.
+    group has another, and for a timeout that is not positive.
     """
     if not in_group():
         return SOLO, device
+    if not timeout > 0:
+        raise ValueError(f"--tp-timeout must be above 0 seconds, got {timeout}")
     world = int(os.environ["WORLD_SIZE"])
     if size not in (None, 1, world):
         raise ValueError(
@@ -88,7 +91,7 @@ def launch(argv: Sequence[str], size: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "nvlm_runtime", *argv)
     except ChildFailedError as error:
-        lost, failure = error.get_first_failure()
+        lost, failure = min(error.failures.items(), key=lambda item: _is_effect(item[1].exitcode))
         if failure.exitcode in (2, 130):
             return failure.exitcode  # bad input, which rank 0 has told of, or Ctrl-C
         print(
@@ -98,6 +101,13 @@ def launch(argv: Sequence[str], size: int) -> int:
     except SignalException as error:
         return 128 + error.sigval.value
     return 0
+
+
+def _is_effect(code: int) -> int:
+    """What ended a rank, from the likeliest cause of the others' end to what the agent did itself."""
+    if code < 0 and code != -signal.SIGTERM:
+        return 0
+    return 1 if code in (2, 130) else 3 if code < 0 else 2
 
 
 def _words(code: int) -> str:

@@ -60,6 +60,9 @@ class Entry:
     padding: tuple[tuple[int, int], ...] = ()
 
 
+Span = tuple[int, int]
+
+
 def _share(start: int, end: int, rank: int, each: int) -> tuple[int, int]:
     """Rank's part of [start, end) in parts of `each`, cut off at the end."""
     return min(start + rank * each, end), min(start + (rank + 1) * each, end)
@@ -95,9 +98,7 @@ def _decoder_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) -
     heads = {"q_proj": (text.num_attention_heads * dim, q)}
     heads |= dict.fromkeys(("k_proj", "v_proj"), (text.num_key_value_heads * dim, kv))
 
-    def joined(
-        place: str, parts: Mapping[str, tuple[int, tuple[int, int]]], each: int | None = None
-    ) -> dict[str, Entry]:
+    def joined(place: str, parts: Mapping[str, tuple[int, Span]], each: int | None = None) -> dict[str, Entry]:
         found, at = {}, 0
         for word, (length, (start, end)) in parts.items():
             piece = Piece(start, end, at)

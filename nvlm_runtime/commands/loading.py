@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from nvlm_runtime.engine import NVLM
-from nvlm_runtime.ranks import join, wait_for_loading
+from nvlm_runtime.ranks import TIMEOUT, join, wait_for_loading
 from nvlm_runtime.sampling import GenerationParams
 
 
 def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
-    group, device = join(args.device, getattr(args, "tp", None))
+    group, device = join(args.device, getattr(args, "tp", None), getattr(args, "tp_timeout", TIMEOUT))
     model = NVLM.load(
         args.model,
         device,

@@ -1,0 +1,109 @@
+"""`nvlm ask --tp`: real ranks, and what the others do when one dies or hangs."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ASK = [sys.executable, "-m", "nvlm_runtime", "ask", "examples/receipt.png"]
+# a thousand tokens, as nearly every token is as likely as every other
+ENDLESS = [*ASK, "What is it?", "--tp", "3", "--temperature", "1e6", "--max-new-tokens", "1800"]
+ENDLESS += ["--seed", "30"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def test_three_ranks_answer_and_one_speaks():
+    done = subprocess.run([*ASK, "What is the total?", "--tp", "3"], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "17.40\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tp", "2"], "2 ranks cannot share 6 heads and 3 kv heads evenly: this model can be split over 1, 3, 6"),
+        (["--tp", "3", "--tp-timeout", "0"], "--tp-timeout must be above 0 seconds, got 0.0"),
+    ],
+)
+def test_bad_input_is_said_once(words, said):
+    done = subprocess.run([*ASK, "What?", *words], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"nvlm: {said}\n")
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank to process, of a launcher's children."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1]) == launcher:
+                entries = (folder / "environ").read_bytes().split(b"\0")
+                found[int(next(e for e in entries if e.startswith(b"RANK=")).removeprefix(b"RANK="))] = int(folder.name)
+        except (OSError, StopIteration):
+            continue
+    return found
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def endless():
+    """Three ranks in the middle of an answer."""
+    process = subprocess.Popen(
+        [*ENDLESS, "--tp-timeout", "6"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    assert process.stdout.read(20), process.stderr.read()
+    ranks = ranks_of(process.pid)
+    assert sorted(ranks) == [0, 1, 2]
+    yield process, ranks
+    for pid in ranks.values():
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.communicate()
+
+
+def wait_for(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all(endless, victim):
+    process, ranks = endless
+    os.kill(ranks[victim], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    lines = err.decode().splitlines()
+    # the agent may see the others end before it looks at the one that was killed
+    assert re.fullmatch(r"nvlm: rank \d of 3 ended with (signal 9|exit code 1); all ranks are stopped", lines[-1])
+    assert all(re.fullmatch(r"nvlm: rank \d: another rank is gone or hangs", line) for line in lines[:-1])
+    assert not any(is_running(pid) for pid in ranks.values()), "an orphan"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+def test_a_hung_rank_ends_all(endless):
+    process, ranks = endless
+    os.kill(ranks[1], signal.SIGSTOP)
+    assert wait_for(lambda: not is_running(ranks[0]) and not is_running(ranks[2]), 30)
+    os.kill(ranks[1], signal.SIGCONT)  # the agent would kill it half a minute later
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "another rank is gone or hangs" in err.decode() and "Traceback" not in err.decode()
+    assert not is_running(ranks[1]), "an orphan"
