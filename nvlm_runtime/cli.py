@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="micro-d", help="bundled name or checkpoint folder (default: %(default)s)")
+def _model_options(parser: argparse.ArgumentParser, model: str | None = "micro-d") -> None:
+    default = " (default: %(default)s)" if model else ""
+    parser.add_argument("--model", default=model, help=f"bundled name or checkpoint folder{default}")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     parser.add_argument("--no-compile", action="store_true", help="decode in plain PyTorch, without a C++ compiler")
@@ -121,13 +122,29 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=("micro",))
-    parser.add_argument("--variant", choices=("d", "x", "h"), required=True)
-    parser.add_argument("--model", help="checkpoint folder (default: the bundled micro model)")
-    parser.add_argument("--seed", type=int, default=12345)
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--open-mask", action="store_true", help="NVLM-X: let every tile tag see every tile")
-    parser.add_argument("--blank-tiles", action="store_true", help="keep only the thumbnail's pixels")
+    parser.usage = "nvlm eval TASK --data FILE --model NAME [options]\n       nvlm eval micro --variant d|x|h [options]"
+    parser.add_argument(
+        "task",
+        metavar="TASK",
+        help="vqav2, textvqa, docvqa, chartqa, ocrbench, mmmu, ai2d, realworldqa, mathvista, mmlu, gsm8k, math: "
+        "published files; micro: documents of a fresh seed",
+    )
+    _model_options(parser, None)
+    _style_option(parser)
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="the benchmark's files, or a folder of them")
+    parser.add_argument("--answers", metavar="FILE", help="vqav2: its annotations")
+    parser.add_argument("--images", metavar="FOLDER", help="of the pictures (default: as published, beside the data)")
+    parser.add_argument("--limit", type=int, help="ask so many rows: the first ones, or with --seed some at random")
+    parser.add_argument("--seed", type=int, help="of the rows drawn (micro: of the documents, default 12345)")
+    parser.add_argument("--batch", type=int, help="rows that decode together (default: 8)")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the task's own")
+    parser.add_argument("--predictions", metavar="FILE", help="where answers are kept (default: TASK-MODEL.jsonl)")
+    parser.add_argument("--resume", action="store_true", help="go on behind the last answer in that file")
+    parser.add_argument("--rescore", action="store_true", help="score the answers in that file anew, without a model")
+    parser.add_argument("--variant", choices=("d", "x", "h"), help="micro: which of the models")
+    parser.add_argument("--samples", type=int, help="micro: documents (default: 500)")
+    parser.add_argument("--open-mask", action="store_true", help="micro, NVLM-X: let every tile tag see every tile")
+    parser.add_argument("--blank-tiles", action="store_true", help="micro: keep only the thumbnail's pixels")
     _json_option(parser)
 
 
@@ -138,7 +155,7 @@ COMMANDS = {
     "info": ("info", _info, "what a model is, and how it would tile a picture"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),
     "train": ("train", _train, "train a micro model from seeds"),
-    "eval": ("evaluate", _evaluate, "exact answers on rendered documents of a fresh seed"),
+    "eval": ("evaluate", _evaluate, "a benchmark on local files, with its published metric"),
 }
 
 

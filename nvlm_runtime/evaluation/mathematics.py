@@ -113,9 +113,9 @@ def mathvista_answer(text: str, choices: Sequence[str], kind: str, precision: in
     """What the published score compares with the gold answer: a choice, or a number or list as text. None for nothing.
 
     kind: "text" with choices; "integer", "float" (rounded to `precision`) or "list" without. Of choices: the one that
-    is the whole text, that stands in 'The answer is "...".', whose letter is named (`chosen_letter`, "(a)" too), or that
-    is nearest by edit distance, as published. Else the last list or number, of the last box, or of what follows the last
-    "answer is" or "answer:", or of the text.
+    is the whole text, that stands in 'The answer is "...".', whose letter is named (`chosen_letter`, "(a)" too), or
+    that is nearest by edit distance, as published. Else the last list or number: of the last box, of what follows the
+    last "answer is" or "answer:", or of the text.
     """
     text = text.strip()
     if not text:

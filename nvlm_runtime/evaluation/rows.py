@@ -14,11 +14,17 @@ SUFFIXES = (".json", ".jsonl", ".tsv", ".csv")
 
 @dataclass(frozen=True)
 class Row:
-    """where: its file and line, or its number in a JSON list, for error messages. path: the file."""
+    """where: its file and line, or its number in a JSON list, for error messages. number: that line or number."""
 
     where: str
     path: Path
+    number: int
     values: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Names the row among those of one benchmark, where the benchmark does not."""
+        return f"{self.path.parent.name}/{self.path.name}:{self.number}"
 
     def error(self, reason: str) -> ValueError:
         return ValueError(f"{self.where}: {reason}")
@@ -99,10 +105,10 @@ def _read_json(path: Path, key: str | None) -> Iterator[Row]:
     elif isinstance(whole, dict) and whole and all(isinstance(value, dict) for value in whole.values()):
         whole = [{"key": name} | value for name, value in whole.items()]
     elif isinstance(whole, dict):
-        yield _row(str(path), path, whole)
+        yield _row(str(path), path, 1, whole)
         return
     for number, values in enumerate(_list(path, whole), 1):
-        yield _row(f"{path}, row {number}", path, values)
+        yield _row(f"{path}, row {number}", path, number, values)
 
 
 def _list(path: Path, value: Any) -> list:
@@ -117,7 +123,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                yield _row(f"{path}:{number}", path, json.loads(line))
+                yield _row(f"{path}:{number}", path, number, json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
 
@@ -136,10 +142,10 @@ def _read_table(path: Path, delimiter: str, columns: Sequence[str] | None) -> It
     for line, cells in rows:
         if len(cells) != len(names):
             raise ValueError(f"{path}:{line}: expected {len(names)} columns, got {len(cells)}")
-        yield _row(f"{path}:{line}", path, dict(zip(names, cells)))
+        yield _row(f"{path}:{line}", path, line, dict(zip(names, cells)))
 
 
-def _row(where: str, path: Path, values: Any) -> Row:
+def _row(where: str, path: Path, number: int, values: Any) -> Row:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object of names and values, got {type(values).__name__}")
-    return Row(where, path, values)
+    return Row(where, path, number, values)

@@ -1,0 +1,154 @@
+"""One question of a benchmark: what is asked, about which pictures, and how an answer is scored."""
+
+import ast
+import base64
+import binascii
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from nvlm_runtime.evaluation.choices import LETTERS
+from nvlm_runtime.evaluation.rows import Row
+
+MARK = "<image>"  # stands for a picture in a prompt that is shown or kept
+SHORTEST_BASE64 = 64  # what is not longer names another row of a VLMEvalKit table, whose picture it is
+
+Source = Path | bytes  # a picture: its file, or what is in it
+Score = Callable[[str], tuple[float, str | None]]  # an answer: from 0 to 1, and what was read from it, None for nothing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """parts: texts and pictures in their order. categories: pairs of a division of the benchmark and a part of it."""
+
+    row: Row
+    id: str
+    parts: tuple[str | Source, ...]
+    score: Score
+    categories: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        return "".join(part if isinstance(part, str) else MARK for part in self.parts)
+
+    @property
+    def pictures(self) -> list[Source]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """One user turn, its text literal."""
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.parts]
+        return [{"role": "user", "content": parts}]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where a row's pictures are: files under `folder`, or base64 in the column "image" of a TSV, as VLMEvalKit has it.
+
+    tables: of each TSV, that column by "index".
+    """
+
+    folder: Path
+    tables: dict[Path, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], folder: Path) -> "Pictures":
+        tables: dict[Path, dict[str, str]] = {}
+        for row in rows:
+            if row.path.suffix == ".tsv" and row.get("index") and row.get("image"):
+                tables.setdefault(row.path, {})[row.values["index"]] = row.values["image"]
+        return cls(folder, tables)
+
+    def all(self, row: Row, *names: str) -> list[Source]:
+        """The pictures under the first of `names` that the row has. ValueError without one, or for bad base64."""
+        if row.path.suffix == ".tsv" and row.get("image"):
+            encoded = row.text("image")
+            if len(encoded) <= SHORTEST_BASE64:
+                encoded = self.tables.get(row.path, {}).get(encoded, encoded)
+            return [_decode(row, one) for one in (_literal_list(encoded) or [encoded])]
+        value = row.need(*names)
+        values = _literal_list(value) or [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
+            raise row.error(f"{names[0]!r} must be the name of a picture's file, got {value!r:.60}")
+        return [self.folder / name for name in values]
+
+    def one(self, row: Row, *names: str) -> Source:
+        pictures = self.all(row, *names)
+        if len(pictures) != 1:
+            raise row.error(f"expected one picture, got {len(pictures)}")
+        return pictures[0]
+
+
+def _literal_list(text: str) -> list | None:
+    """A list written as Python or JSON writes it; None for any other text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
+
+
+def _decode(row: Row, text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise row.error(f"'image' is not a picture in base64: {error}") from error
+
+
+def check_pictures(samples: Iterable[Sample]) -> None:
+    """Reads the header of every picture. ValueError that names the row for one that is missing or is no picture."""
+    seen: set[Path] = set()
+    for sample in samples:
+        for source in sample.pictures:
+            if isinstance(source, Path):
+                if source in seen:
+                    continue
+                seen.add(source)
+                if not source.is_file():
+                    raise sample.row.error(f"the picture {source} does not exist (--images FOLDER says where they are)")
+            try:
+                Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).close()
+            except (UnidentifiedImageError, OSError, ValueError) as error:
+                name = source if isinstance(source, Path) else "in 'image'"
+                raise sample.row.error(f"the picture {name} cannot be read: {error}") from error
+
+
+def opened(source: Source) -> Path | Image.Image:
+    """A picture as the model takes it."""
+    return Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+
+
+def options(row: Row, *names: str) -> list[str]:
+    """Of a choice: the columns A, B, ... that have a text, or the list, or list written as text, under `names`."""
+    if columns := [row.values.get(letter) for letter in LETTERS if row.get(letter)]:
+        found = [str(value) for value in columns]
+    else:
+        value = row.need(*names)
+        found = _literal_list(value) if isinstance(value, str) else value
+        if not isinstance(found, list) or not all(isinstance(one, str | int | float) for one in found):
+            raise row.error(f"{names[0]!r} must be a list of texts, got {value!r:.60}")
+        found = [str(one) for one in found]
+    if not 2 <= len(found) <= len(LETTERS):
+        raise row.error(f"expected 2 to {len(LETTERS)} options, got {len(found)}")
+    return found
+
+
+def gold_letter(row: Row, among: Sequence[str], *names: str) -> str:
+    """The right option's letter, given as such or as the option's number from 0."""
+    value = row.need(*names)
+    letters = LETTERS[: len(among)]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    text = str(value).strip()
+    if len(text) == 1 and text.upper() in letters:
+        return text.upper()
+    if text.isdecimal() and int(text) < len(letters):
+        return letters[int(text)]
+    raise row.error(f"{names[0]!r} must be one of {', '.join(letters)} or a number from 0, got {value!r:.60}")
