@@ -70,9 +70,9 @@ class Pictures:
             encoded = row.text("image")
             if len(encoded) <= SHORTEST_BASE64:
                 encoded = self.tables.get(row.path, {}).get(encoded, encoded)
-            return [_decode(row, one) for one in (_literal_list(encoded) or [encoded])]
+            return [_decode(row, one) for one in (literal_list(encoded) or [encoded])]
         value = row.need(*names)
-        values = _literal_list(value) or [value] if isinstance(value, str) else value
+        values = literal_list(value) or [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
             raise row.error(f"{names[0]!r} must be the name of a picture's file, got {value!r:.60}")
         return [self.folder / name for name in values]
@@ -84,7 +84,7 @@ class Pictures:
         return pictures[0]
 
 
-def _literal_list(text: str) -> list | None:
+def literal_list(text: str) -> list | None:
     """A list written as Python or JSON writes it; None for any other text."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
@@ -131,7 +131,7 @@ def options(row: Row, *names: str) -> list[str]:
         found = [str(value) for value in columns]
     else:
         value = row.need(*names)
-        found = _literal_list(value) if isinstance(value, str) else value
+        found = literal_list(value) if isinstance(value, str) else value
         if not isinstance(found, list) or not all(isinstance(one, str | int | float) for one in found):
             raise row.error(f"{names[0]!r} must be a list of texts, got {value!r:.60}")
         found = [str(one) for one in found]

@@ -24,7 +24,7 @@ from nvlm_runtime.evaluation.metrics import (
     vqa_accuracy,
 )
 from nvlm_runtime.evaluation.rows import Row, read_rows
-from nvlm_runtime.evaluation.samples import Pictures, Sample, Score, Source, gold_letter, options
+from nvlm_runtime.evaluation.samples import Pictures, Sample, Score, Source, gold_letter, literal_list, options
 
 LETTER = "Answer with the option's letter from the given choices directly."
 PHRASE = "Answer the question using a single word or phrase."
@@ -205,7 +205,7 @@ def _mmmu(row: Row, pictures: Pictures) -> Sample:
     categories = _categories(row, "split", "topic_difficulty", subject=subject)
     question = row.text("question").strip()
     if row.get("question_type") == "open":
-        golds = row.texts("answer")
+        golds = [str(gold) for text in row.texts("answer") for gold in literal_list(text) or [text]]
 
         def score(answer: str) -> tuple[float, str | None]:
             return float(open_answer_matches(answer, golds)), answer.strip()

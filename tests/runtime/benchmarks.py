@@ -14,6 +14,7 @@ COUNT = 3
 
 def write_benchmark(task: str, folder: Path, num: int = COUNT) -> list[str]:
     """Writes `num` rows and their pictures. Returns the arguments of `nvlm eval` that name them."""
+    folder.mkdir(exist_ok=True)
     return [str(word) for word in globals()[f"_{task}"](folder, num)]
 
 
