@@ -96,7 +96,7 @@ def _read(path: Path, columns: Sequence[str] | None, key: str | None) -> Iterato
 
 def _read_json(path: Path, key: str | None) -> Iterator[Row]:
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
     if isinstance(whole, dict) and key in whole:
@@ -118,7 +118,7 @@ def _list(path: Path, value: Any) -> list:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -131,7 +131,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _read_table(path: Path, delimiter: str, columns: Sequence[str] | None) -> Iterator[Row]:
     before = csv.field_size_limit(sys.maxsize)  # a picture in base64 is longer than the default; the limit is global
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter)
             names = list(columns) if columns else next(reader, [])
             rows = [(reader.line_num, cells) for cells in reader if cells]

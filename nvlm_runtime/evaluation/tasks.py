@@ -266,11 +266,10 @@ def _realworldqa(row: Row, pictures: Pictures) -> Sample:
     choices = options(row, "options", "choices") if has_options else _inline_options(question)
     if choices is None:
         golds = row.texts("answer")
-        text = question if "answer" in question.lower() else f"{question}\n{PHRASE}"
         return Sample(
             row,
             name,
-            (picture, f"\n{text}"),
+            (picture, f"\n{question}"),
             lambda answer: (exact(answer, golds), normalise_answer(answer)),
             (("kind", "open"),),
         )

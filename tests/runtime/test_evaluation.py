@@ -1,5 +1,6 @@
 """`nvlm eval TASK`: published files to prompts, predictions that survive a kill, scores that need no model."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -343,6 +344,23 @@ def test_bad_files(tmp_path, name, content, message):
         read_rows(path, None, "data")
 
 
+def test_a_byte_order_mark_is_no_name(tmp_path):
+    for name, content in (("a.json", '[{"x": "1"}]'), ("a.jsonl", '{"x": "1"}'), ("a.tsv", "x\n1\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_rows(tmp_path / name)[0].values == {"x": "1"}
+
+
+def test_a_picture_as_large_as_published(tmp_path):
+    """Base64 longer than csv's default cell, and the limit that others set stays theirs."""
+    (tmp_path / "a.tsv").write_text("index\timage\n1\t" + "A" * 300_000 + "\n")
+    before = csv.field_size_limit(1000)
+    try:
+        assert len(read_rows(tmp_path / "a.tsv")[0].values["image"]) == 300_000
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)
+
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_rows(tmp_path / "none.json")
@@ -392,8 +410,10 @@ def test_bad_rows(tmp_path, task, row, message):
 
 def test_bad_pictures(tmp_path):
     (tmp_path / "p.png").write_text("no picture")
-    rows = [{**CHOICE, "image": "none.png"}, CHOICE]
-    for row, message in zip(rows, (r"none\.png does not exist \(--images FOLDER", r"p\.png cannot be read")):
+    (tmp_path / "cut.png").write_bytes(RECEIPT.read_bytes()[:20])
+    rows = [{**CHOICE, "image": "none.png"}, CHOICE, {**CHOICE, "image": "cut.png"}]
+    messages = (r"none\.png does not exist \(--images FOLDER", r"p\.png cannot be read", r"cut\.png cannot be read")
+    for row, message in zip(rows, messages):
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(ValueError, match=rf"rows\.jsonl:1: the picture .*{message}"):

@@ -271,6 +271,7 @@ def test_last_boxed(text, expected):
 
 EQUAL = [
     ("\\dfrac{1}{2}", "\\frac12"),
+    ("\\tfrac34", "\\frac{3}{4}"),
     ("1/2", "\\frac{1}{2}"),
     ("0.5", "\\frac{1}{2}"),
     (".5", "\\frac{1}{2}"),
