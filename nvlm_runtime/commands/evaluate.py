@@ -29,7 +29,8 @@ ONLY_TASKS = ("data", "answers", "images", "limit", "batch", "max_new_tokens", "
 def run(args: argparse.Namespace) -> int:
     if args.task != "micro" and args.task not in TASKS:
         raise ValueError(f"unknown task {args.task!r}: expected micro or one of {', '.join(TASKS)}")
-    strange = [name for name in (ONLY_TASKS if args.task == "micro" else ONLY_MICRO) if getattr(args, name)]
+    others = ONLY_TASKS if args.task == "micro" else ONLY_MICRO
+    strange = [name for name in others if getattr(args, name) is not None and getattr(args, name) is not False]
     if strange:
         raise ValueError(f"--{strange[0].replace('_', '-')} is of no use to {args.task}")
     return _micro(args) if args.task == "micro" else _benchmark(args)
@@ -105,7 +106,8 @@ def _samples(args: argparse.Namespace, task: Task) -> list[Sample]:
 
 def _answered(args: argparse.Namespace, task: Task, samples: Sequence[Sample], path: Path) -> list[Record]:
     """A line for every question: those that the file has, and the model's."""
-    params = GenerationParams(max_new_tokens=args.max_new_tokens or task.max_new_tokens)
+    given = args.max_new_tokens
+    params = GenerationParams(max_new_tokens=task.max_new_tokens if given is None else given)
     names = ("task", "model", "style", "dtype", "quantize")
     settings = {**{name: getattr(args, name) for name in names}, "max_new_tokens": params.max_new_tokens}
     records = kept(path, settings, samples, args.resume)
@@ -124,14 +126,15 @@ def _answered(args: argparse.Namespace, task: Task, samples: Sequence[Sample], p
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         ):
             bar = progress.add_task("", total=len(samples), completed=len(records), now="")
+            total = sum(record["score"] for record in records)
             for sample, output in stream:
                 record = scored(
                     sample, output.text, finish_reason=output.finish_reason, num_tokens=len(output.token_ids)
                 )
                 append(file, record)
                 records.append(record)
-                mean = sum(each["score"] for each in records) / len(records)
-                progress.update(bar, advance=1, now=f"{mean:.1%} {task.metric}")
+                total += record["score"]
+                progress.update(bar, advance=1, now=f"{total / len(records):.1%} {task.metric}")
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} ({len(records)} of {len(samples)} predictions are kept in {path})") from error
     except KeyboardInterrupt:

@@ -29,7 +29,11 @@ def kept(path: Path, settings: Record, samples: Sequence[Sample], resume: bool) 
         raise FileNotFoundError(f"{path.parent} does not exist, expected the folder of the predictions")
     if path.exists() and not resume:
         raise ValueError(f"{path} exists: --resume goes on with it, --predictions names another file")
-    return read(path, samples, settings, complete=False) if _whole_lines(path) else []
+    records = read(path, samples, settings, complete=False) if _whole_lines(path) else []
+    for number, record in enumerate(records, 2):
+        if not isinstance(record.get("score"), int | float) or "parsed" not in record:
+            raise ValueError(f"{path}:{number}: expected a 'score' and what was 'parsed'")
+    return records
 
 
 def append_to(path: Path, settings: Record) -> TextIO:

@@ -257,11 +257,14 @@ def test_odd_line_ends_inside_an_answer(tmp_path):
         ("[]\n", r":1: expected an object, got list"),
         ('{"task": "gsm8k", "model": "m"}\n{"id": }\n', r":2: not JSON"),
         ('{"task": "gsm8k", "model": "m"}\n{"id": "x"}\n', r":2: the prediction is for 'x', expected"),
+        ('{"task": "gsm8k", "model": "m"}\nFIRST\n', r":2: expected a 'score'"),
     ],
 )
 def test_files_of_other_runs(tmp_path, content, message):
     samples, settings = samples_of("gsm8k", tmp_path), {"task": "gsm8k", "model": "m"}
     file = tmp_path / "out.jsonl"
+    first = {key: value for key, value in scored(samples[0], "1").items() if key != "score"}
+    content = content.replace("FIRST", json.dumps(first))
     file.write_text(content)
     if message is None:
         assert kept(file, settings, samples, resume=True) == []
@@ -458,6 +461,7 @@ def test_annotations_that_do_not_fit(tmp_path):
         (["gsm8k", "--data", "x", "--model", "m", "--limit", "0"], "--limit must be at least 1"),
         (["gsm8k", "--data", "x", "--model", "m", "--seed", "1"], "--seed draws the rows of --limit"),
         (["gsm8k", "--data", "x", "--model", "m", "--variant", "d"], "--variant is of no use to gsm8k"),
+        (["gsm8k", "--data", "x", "--model", "m", "--samples", "0"], "--samples is of no use to gsm8k"),
         (["micro", "--variant", "d", "--data", "x"], "--data is of no use to micro"),
         (["micro"], "needs --variant"),
     ],
@@ -474,7 +478,7 @@ def test_nothing_is_written_where_the_run_cannot_begin(capsys, tmp_path):
     for options, message in (
         (("--model", "micro-z", "--predictions", file), "unknown model 'micro-z'"),
         (("--model", "micro-d", "--predictions", tmp_path / "no" / "out.jsonl"), "expected the folder"),
-        (("--model", "micro-d", "--predictions", file, "--max-new-tokens", "-1"), "max_new_tokens"),
+        (("--model", "micro-d", "--predictions", file, "--max-new-tokens", "0"), "max_new_tokens"),
     ):
         code, _, err = run(capsys, "gsm8k", *words, *options)
         assert code == 2 and message in err and not file.exists()

@@ -413,4 +413,5 @@ def test_bootstrap():
 
 def test_summary():
     assert summary([1.0, 0.0, 1.0, 1.0], True) == {"rows": 4, "score": 0.75, "interval": list(wilson(3, 4))}
-    assert summary([0.3, 0.9], False)["score"] == pytest.approx(0.6)
+    fractions = summary([0.3, 0.9], False)
+    assert fractions["score"] == pytest.approx(0.6) and fractions["interval"] == list(bootstrap([0.3, 0.9]))
