@@ -484,6 +484,13 @@ def test_nothing_is_written_where_the_run_cannot_begin(capsys, tmp_path):
         assert code == 2 and message in err and not file.exists()
 
 
+def test_pictures_are_looked_at_before_the_model(capsys, tmp_path):
+    words = write_benchmark("ocrbench", tmp_path)
+    (tmp_path / "OCRBench_Images" / "2.png").unlink()
+    code, _, err = run(capsys, "ocrbench", *words, "--model", "micro-z", "--predictions", tmp_path / "out.jsonl")
+    assert code == 2 and "row 3: the picture" in err and "does not exist" in err and "micro-z" not in err
+
+
 def test_help_names_every_task(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
