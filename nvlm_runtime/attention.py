@@ -3,7 +3,7 @@
 B requests, T query tokens, S cached tokens, H heads, Hkv kv heads, D head_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from nvlm_runtime.cache import KVCache
 from nvlm_runtime.linear import computes_in_fp32
 
 Attention = Literal["sdpa", "flash"]
+Documents = Sequence[Sequence[tuple[int, int]]]  # spans of a row's tokens, from 0 on without a gap, a row
 
 
 def flash_attention() -> Callable[..., Tensor]:
@@ -80,6 +81,44 @@ class Past:
             q, k, v, attn_mask=self.mask, is_causal=self.is_causal, enable_gqa=num_heads != num_kv_heads
         )
         return out.transpose(1, 2).to(qkv.dtype)
+
+
+class PackedPast:
+    """Self-attention of rows that hold several documents each, none of which sees another. No cache.
+
+    documents: a row's spans [start, end) of its T tokens; what is in none of them (padding) gives 0. On a CPU document
+    by document through torch's attention; on a GPU in one call, an interval a token.
+    """
+
+    def __init__(self, documents: Documents, length: int, device: torch.device):
+        self.documents = documents
+        self.intervals = torch.zeros(len(documents), length, 2, dtype=torch.int64)
+        for row, spans in enumerate(documents):
+            for start, end in spans:
+                self.intervals[row, start:end, 0] = start
+                self.intervals[row, start:end, 1] = torch.arange(start, end) + 1
+        self.intervals = self.intervals.to(device)
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B, T], from 0 in every document."""
+        return (self.intervals[..., 1] - self.intervals[..., 0] - 1).clamp(min=0)
+
+    def attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
+        """qkv: [B, T, (H + 2 Hkv) * D], not rotated. Returns [B, T, H, D]."""
+        q, k = rotary(qkv, *angles, num_heads, num_kv_heads)
+        v = qkv.unflatten(-1, (-1, q.shape[-1]))[:, :, -num_kv_heads:]
+        if q.is_cuda:
+            return tile_attention(q, k, v, self.intervals)
+        out, sizes = [], q.shape[1:]
+        for row, spans in enumerate(self.documents):
+            parts, end = [], 0
+            for start, end in spans:
+                qd, kd, vd = (t[row : row + 1, start:end].transpose(1, 2) for t in (q, k, v))
+                part = F.scaled_dot_product_attention(qd, kd, vd, is_causal=True, enable_gqa=num_heads != num_kv_heads)
+                parts.append(part[0].transpose(0, 1))
+            out.append(torch.cat([*parts, q.new_zeros(sizes[0] - end, *sizes[1:])]))
+        return torch.stack(out)
 
 
 class FlatPast:

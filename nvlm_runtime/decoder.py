@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nvlm_kernels import swiglu
-from nvlm_runtime.attention import Attention, FlatPast, Past
+from nvlm_runtime.attention import Attention, FlatPast, PackedPast, Past
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.cross import GatedCrossAttention
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
         )
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | FlatPast) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | FlatPast | PackedPast) -> Tensor:
         out = past.attend(self._qkv(self.group.spread(x)), angles, self.num_heads, self.num_kv_heads)  # [B, T, H, D]
         return self.group.reduce(self.o_proj(out.flatten(2)))
 
@@ -91,7 +92,7 @@ class Layer(nn.Module):
         x: Tensor,
         branch: Tensor | None,
         angles: tuple[Tensor, Tensor],
-        past: Past | FlatPast,
+        past: Past | FlatPast | PackedPast,
         image: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream is x + branch, the last block's output not yet added; returns the next such pair.
@@ -128,6 +129,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
         self.attention: Attention = "sdpa"
+        self.recompute = False  # in training: a layer's activations are made again on the way back, not kept
         if config.tie_word_embeddings:
             self.tie()
 
@@ -141,7 +143,7 @@ class Decoder(nn.Module):
         k, v = (torch.stack(side) for side in zip(*pairs, strict=True))
         return CrossKV(k, v)
 
-    def run(self, x: Tensor, positions: Tensor, past: Past | FlatPast, view: CrossView | None) -> Tensor:
+    def run(self, x: Tensor, positions: Tensor, past: Past | FlatPast | PackedPast, view: CrossView | None) -> Tensor:
         """x: [B, T, C] at positions [B, T]; past: what self-attention sees; view: what the gated layers see."""
         angles = self.rotary(positions, x.dtype)
         branch, gated = None, 0
@@ -150,7 +152,10 @@ class Decoder(nn.Module):
             if view is not None and layer.cross_attn is not None:
                 image = view.kv.k[gated], view.kv.v[gated], view.intervals
                 gated += 1
-            x, branch = layer(x, branch, angles, past, image)
+            if self.recompute and torch.is_grad_enabled():
+                x, branch = checkpoint(layer, x, branch, angles, past, image, use_reentrant=False)
+            else:
+                x, branch = layer(x, branch, angles, past, image)
         return self.norm.join(x, branch)[1]
 
     def prefill(self, x: Tensor, positions: Tensor, cache: KVCache | None, view: CrossView | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nvlm_kernels import pixel_shuffle_project
+from nvlm_runtime.attention import Documents, PackedPast
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.decoder import CrossView, Decoder
 from nvlm_runtime.layout import ImageLayout, Layout
@@ -113,9 +114,16 @@ class NVLMModel(nn.Module):
             intervals[row, : len(layout.intervals)] = layout.intervals.to(embeds.device)
         return CrossView(self.language_model.cross_kv(embeds), intervals)
 
-    def forward(self, input_ids: Tensor, layouts: Sequence[Layout], features: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        layouts: Sequence[Layout],
+        features: Sequence[Tensor],
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Whole sequences without a cache: input_ids [B, T], a layout and the features of its tiles [N, 4P, C] a row.
 
+        documents: spans of the documents packed into each row, which do not see each other; None where a row is one.
         Returns [B, T, C].
         """
         image_tokens = [
@@ -124,5 +132,8 @@ class NVLMModel(nn.Module):
         ]
         x = self.embed(input_ids, layouts, image_tokens)
         view = self.cross_view(input_ids.shape[1], layouts, image_tokens)
-        positions = torch.arange(input_ids.shape[1], device=x.device).expand(len(x), -1)
-        return self.language_model.prefill(x, positions, None, view)
+        if documents is None:
+            positions = torch.arange(input_ids.shape[1], device=x.device).expand(len(x), -1)
+            return self.language_model.prefill(x, positions, None, view)
+        past = PackedPast(documents, input_ids.shape[1], x.device)
+        return self.language_model.run(x, past.positions, past, view)

@@ -53,10 +53,15 @@ class ImageBlock:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the engine reads: token ids, and one block an image."""
+    """What the engine reads: token ids, and one block an image.
+
+    answers: spans of what a model learns to say: an assistant's text and the <|im_end|> after it, in style "megatron"
+    its newline too. Empty with `generation`, and of a chat template's turns.
+    """
 
     input_ids: tuple[int, ...]
     blocks: tuple[ImageBlock, ...]
+    answers: tuple[Span, ...] = ()
 
 
 def tile_tags(plan: "TilePlan", tag_format: TagFormat, thumbnail_tag: str) -> tuple[str, ...]:
@@ -121,7 +126,7 @@ def build_prompt(
         system = [DEFAULT_SYSTEM] if system is None else system
         _write_chatml(writer, [("system", system), *turns] if "".join(system) else turns, plans, style, generation)
     writer.put(())
-    return Prompt(tuple(writer.ids), tuple(writer.blocks))
+    return Prompt(tuple(writer.ids), tuple(writer.blocks), tuple(writer.answers))
 
 
 def _write_chatml(
@@ -133,6 +138,8 @@ def _write_chatml(
     for role, parts in turns:
         writer.special("<|im_start|>")
         writer.text(f"{role}\n")
+        learnt = role == "assistant" and not generation
+        start = writer.put(())[0] if learnt else 0  # an answer is cut from its prefix, as a generated one is
         for part in parts:
             if part is PICTURE:
                 writer.image(next(remaining))
@@ -140,6 +147,8 @@ def _write_chatml(
                 writer.text(part)
         writer.special("<|im_end|>")
         writer.text("\n" if style == "megatron" else "")
+        if learnt:
+            writer.answers.append((start, writer.put(())[1]))
     if generation:
         writer.special("<|im_start|>")
         writer.text("assistant\n")
@@ -187,6 +196,7 @@ class _Writer:
         self.tokenizer, self.config, self.isolate_tags = tokenizer, config, isolate_tags
         self.ids: list[int] = []
         self.blocks: list[ImageBlock] = []
+        self.answers: list[Span] = []
         self.pending = ""
 
     def text(self, text: str) -> None:

@@ -1,0 +1,105 @@
+"""Documents to batches: several in a row of tokens, none of which sees another.
+
+First fit, longest first, within a window of documents: the rows of a window are full but for its last ones, and what
+goes where depends on the window alone. A row's images are numbered through, so that one interval a token says what it
+sees of all their keys; `documents` says what it sees of the row.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.layout import Layout
+from nvlm_runtime.training.documents import IGNORE, Document
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One micro-batch.
+
+    input_ids, labels: int64 [B, T], padded on the right with 0 and IGNORE; labels are shifted by one already.
+    documents: spans of each row's documents. layouts: one a row, of all its images. pixel_values: tiles of each row's
+    images in order, fp32 [N, 3, S, S], N may be 0. tasks: of each row's documents.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    documents: tuple[tuple[Span, ...], ...]
+    layouts: tuple[Layout, ...]
+    pixel_values: tuple[Tensor, ...]
+    tasks: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(map(len, self.documents))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of documents, padding left out."""
+        return sum(end - start for row in self.documents for start, end in row)
+
+
+def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Documents' numbers, a row: each goes into the first row that has room for it, the longest first."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((row for row, left in enumerate(room) if left >= lengths[index]), None)
+        if place is None:
+            rows.append([])
+            room.append(seq_len)
+            place = len(rows) - 1
+        rows[place].append(index)
+        room[place] -= lengths[index]
+    return [sorted(row) for row in rows]
+
+
+def join_layouts(layouts: Sequence[Layout], lengths: Sequence[int]) -> Layout:
+    """The layout of documents laid end to end: slots, spans, keys and intervals move up by what stands before them."""
+    images, intervals, at, key = [], [], 0, 0
+    for layout, length in zip(layouts, lengths, strict=True):
+        for image in layout.images:
+            images.append(
+                replace(
+                    image,
+                    span=(image.span[0] + at, image.span[1] + at),
+                    slots=tuple(slot + at for slot in image.slots),
+                    keys=(image.keys[0] + key, image.keys[1] + key),
+                )
+            )
+        intervals.append(layout.intervals + key)
+        at, key = at + length, key + layout.cross_length
+    return Layout(tuple(images), torch.cat(intervals))
+
+
+def pack(
+    rows: Sequence[Sequence[tuple[Document, "Future[Tensor] | None"]]], config: NVLMConfig, length: int | None = None
+) -> Packed:
+    """Rows of documents and their tiles to come. length: of the rows; the longest one's where it is None."""
+    size = config.vision.image_size
+    length = length or max(sum(len(document) for document, _ in row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
+    spans: list[tuple[Span, ...]] = []
+    pixel_values: list[Tensor] = []
+    for number, row in enumerate(rows):
+        at, found, tiles = 0, [], [torch.zeros(0, 3, size, size)]
+        for document, future in row:
+            end = at + len(document)
+            ids[number, at:end] = torch.tensor(document.input_ids)
+            labels[number, at:end] = torch.tensor(document.labels)
+            found.append((at, end))
+            at = end
+            if future is not None:
+                tiles.append(future.result())
+        spans.append(tuple(found))
+        pixel_values.append(torch.cat(tiles))
+    layouts = (join_layouts([d.layout for d, _ in row], [len(d) for d, _ in row]) for row in rows)
+    tasks = (tuple(document.task for document, _ in row) for row in rows)
+    return Packed(ids, labels, tuple(spans), tuple(layouts), tuple(pixel_values), tuple(tasks))

@@ -1,0 +1,179 @@
+"""A blend of datasets as an endless stream of batches, cut ahead of the step in threads, that can be left and continued.
+
+Which dataset a document comes from, and in which order a dataset is read, depends on the seed alone; every dataset is
+read to its end before a row of it comes again, in another order. Batches are made window by window, so a place in the
+stream is two numbers and what each dataset has given: `state`.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Full, Queue
+from typing import Any
+
+from torch import Tensor
+
+from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.tokenizer import Tokenizer
+from nvlm_runtime.training.documents import Document, Log, make_document
+from nvlm_runtime.training.packing import Packed, fill_rows, pack
+from nvlm_runtime.training.rows import BadRow, JsonLines
+
+AHEAD = 2  # batches that wait for the step
+THREADS = 2  # that cut tiles; one more makes batches of them
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """task: its name. weight: its share of the documents, against the others'."""
+
+    task: str
+    rows: JsonLines
+    weight: float = 1.0
+
+
+class Source:
+    """Batches for ever: `next(source)`. `close` ends its threads.
+
+    rows: a batch; seq_len: tokens of a row. packed: several documents a row, or one. window: documents that are packed
+    together. skip_bad: a row that cannot be learnt from is told to `log` and counted in `num_bad`; otherwise it ends
+    the stream with BadRow. state: of `state()`, to go on from there. waited: seconds that `next` had to wait.
+    Raises ValueError for weights that are not positive and where no row of a whole window can be learnt from.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        tokenizer: Tokenizer,
+        config: NVLMConfig,
+        *,
+        rows: int,
+        seq_len: int,
+        seed: int = 0,
+        style: str = "hf",
+        packed: bool = True,
+        window: int = 128,
+        skip_bad: bool = False,
+        log: Log = lambda line: None,
+        state: dict[str, Any] | None = None,
+    ):
+        if not datasets or any(not dataset.weight > 0 for dataset in datasets):
+            raise ValueError("a blend needs at least one dataset, and every weight must be above 0")
+        self.datasets, self.tokenizer, self.config = datasets, tokenizer, config
+        self.rows, self.seq_len, self.seed, self.style = rows, seq_len, seed, style
+        self.packed, self.window, self.skip_bad, self.log = packed, window, skip_bad, log
+        self.waited = 0.0
+        self._state = state or {"window": 0, "given": 0, "read": [0] * len(datasets), "num_bad": 0}
+        if len(self._state["read"]) != len(datasets):
+            raise ValueError(f"the state is of {len(self._state['read'])} datasets, the blend has {len(datasets)}")
+        self._orders: dict[tuple[int, int], list[int]] = {}
+        self._queue: Queue[tuple[Packed, dict[str, Any]] | BaseException] = Queue(AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._produce, args=(dict(self._state),), daemon=True)
+        self._thread.start()
+
+    def state(self) -> dict[str, Any]:
+        """Where the batch that `next` gave last ends, as JSON holds it."""
+        return dict(self._state)
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that were skipped."""
+        return self._state["num_bad"]
+
+    def __iter__(self) -> Iterator[Packed]:
+        return self
+
+    def __next__(self) -> Packed:
+        """Raises BadRow, and what else the threads ended with."""
+        began = time.perf_counter()
+        found = self._queue.get()
+        self.waited += time.perf_counter() - began
+        if isinstance(found, BaseException):
+            self._queue.put(found)  # for whoever asks again
+            raise found
+        batch, self._state = found
+        return batch
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _produce(self, state: dict[str, Any]) -> None:
+        try:
+            with ThreadPoolExecutor(THREADS, "nvlm-tiles") as pool:
+                for item in self._batches(state, pool):
+                    if not self._put(item):
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Any) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def _batches(self, state: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[tuple[Packed, dict[str, Any]]]:
+        number, skip, read = state["window"], state["given"], list(state["read"])
+        num_bad = state["num_bad"]
+        while True:
+            before = {"read": list(read), "num_bad": num_bad}
+            documents, bad = self._documents(number, read)
+            if not documents:
+                raise ValueError(f"none of {self.window} rows can be learnt from: see the log")
+            lengths = [len(document) for document in documents]
+            packed = fill_rows(lengths, self.seq_len) if self.packed else [[i] for i in range(len(documents))]
+            random.Random(f"rows {self.seed} {number}").shuffle(packed)
+            groups = [packed[i : i + self.rows] for i in range(0, len(packed), self.rows)]
+            cut: dict[int, Future[Tensor]] = {}
+            for given, group in enumerate(groups, 1):
+                for ahead in groups[given - 1 : given + AHEAD]:
+                    for index in (i for row in ahead for i in row):
+                        if given > skip and documents[index].images and index not in cut:
+                            cut[index] = pool.submit(documents[index].pixel_values)
+                if given <= skip:
+                    continue
+                rows = [[(documents[i], cut.pop(i, None)) for i in row] for row in group]
+                batch = pack(rows, self.config, self.seq_len if self.packed else None)
+                after = {"window": number, "given": given, **before}
+                if given == len(groups):
+                    after = {"window": number + 1, "given": 0, "read": list(read), "num_bad": num_bad + bad}
+                yield batch, after
+            number, skip, num_bad = number + 1, 0, num_bad + bad
+
+    def _documents(self, number: int, read: list[int]) -> tuple[list[Document], int]:
+        """A window's documents, and how many rows were bad. read: rows taken of each dataset, which are counted on."""
+        chooser = random.Random(f"blend {self.seed} {number}")
+        weights = [dataset.weight for dataset in self.datasets]
+        found, bad = [], 0
+        for index in chooser.choices(range(len(self.datasets)), weights, k=self.window):
+            dataset = self.datasets[index]
+            epoch, place = divmod(read[index], len(dataset.rows))
+            read[index] += 1
+            try:
+                row = dataset.rows[self._order(index, epoch)[place]]
+                found.append(
+                    make_document(row, self.tokenizer, self.config, self.seq_len, self.style, dataset.task, self.log)
+                )
+            except BadRow as error:
+                if not self.skip_bad:
+                    raise
+                bad += 1
+                self.log(f"skipped: {error}")
+        return found, bad
+
+    def _order(self, index: int, epoch: int) -> list[int]:
+        if (index, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != index}
+            order = list(range(len(self.datasets[index].rows)))
+            random.Random(f"order {self.seed} {index} {epoch}").shuffle(order)
+            self._orders[index, epoch] = order
+        return self._orders[index, epoch]
