@@ -110,15 +110,22 @@ def _profile(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=("micro",))
-    parser.add_argument("--variant", choices=("d", "x", "h"), required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="folder for the checkpoint")
-    parser.add_argument("--work", default="work", help="folder for the tower and features the variants share")
-    parser.add_argument("--steps", type=int, help="of the decoder")
-    parser.add_argument("--tower-steps", type=int, help="of the vision tower")
-    parser.add_argument("--documents", type=int, help="number of training pictures")
+    parser.usage = "nvlm train RECIPE [--set KEY=VALUE ...] [--resume]\n       nvlm train micro --variant V --out DIR"
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, pretrain-d, -x, -h, sft-d, -x, -h, or micro")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe; may be repeated"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    micro = parser.add_argument_group("micro", "a micro model from seeds")
+    micro.add_argument("--variant", choices=("d", "x", "h"))
+    micro.add_argument("--seed", type=int, help="(default: 0)")
+    micro.add_argument("--out", help="folder for the checkpoint")
+    micro.add_argument("--work", help="folder for the tower and features the variants share (default: work)")
+    micro.add_argument("--steps", type=int, help="of the decoder")
+    micro.add_argument("--tower-steps", type=int, help="of the vision tower")
+    micro.add_argument("--documents", type=int, help="number of training pictures")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +161,7 @@ COMMANDS = {
     "chat": ("chat", _chat, "talk about pictures: /image FILE adds one, /quit leaves"),
     "info": ("info", _info, "what a model is, and how it would tile a picture"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),
-    "train": ("train", _train, "train a micro model from seeds"),
+    "train": ("train", _train, "fine-tune by a recipe, or train a micro model from seeds"),
     "eval": ("evaluate", _evaluate, "a benchmark on local files, with its published metric"),
 }
 

@@ -1,18 +1,102 @@
-"""`nvlm train`."""
+"""`nvlm train`: a recipe on a dataset, or a micro model from seeds."""
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nvlm_runtime.micro.train import Recipe, train_micro
+from nvlm_runtime.micro.train import Recipe as MicroRecipe
+from nvlm_runtime.micro.train import train_micro
+from nvlm_runtime.training.plot import check_matplotlib, draw_metrics
+from nvlm_runtime.training.recipe import Recipe, read_recipe
+from nvlm_runtime.training.trainer import METRICS, Step, Trainer
 
 
 def run(args: argparse.Namespace) -> int:
-    given = {"steps": args.steps, "tower_steps": args.tower_steps, "num_documents": args.documents}
-    recipe = replace(Recipe(), **{name: value for name, value in given.items() if value is not None})
     if args.threads:
         torch.set_num_threads(args.threads)
-    train_micro(args.variant, args.seed, Path(args.out), Path(args.work), recipe, lambda line: print(line, flush=True))
+    if args.recipe == "micro":
+        return _micro(args)
+    if wrong := [f"--{name.replace('_', '-')}" for name in MICRO_OPTIONS if getattr(args, name) is not None]:
+        raise ValueError(f"{', '.join(wrong)}: for `nvlm train micro` alone; a recipe's values are changed with --set")
+    recipe = read_recipe(args.recipe, args.set)
+    if recipe.plot:
+        check_matplotlib()
+    writer = _tensorboard(recipe)
+    console = Console(stderr=True)
+    trainer = Trainer(recipe, args.resume, args.device, lambda line: console.print(line, markup=False, highlight=False))
+    try:
+        with _bar(console, recipe, trainer.next_step) as bar:
+            code = trainer.run(_shower(recipe, console, bar, writer))
+    finally:
+        metrics = Path(recipe.out) / METRICS
+        if recipe.plot and metrics.is_file() and metrics.stat().st_size:
+            draw_metrics(metrics, metrics.with_suffix(".png"))
+        if writer is not None:
+            writer.close()
+    if code:
+        print(f"nvlm: stopped after step {trainer.next_step}; --resume goes on from there", file=sys.stderr)
+    return code
+
+
+MICRO_OPTIONS = ("variant", "seed", "out", "work", "steps", "tower_steps", "documents")
+
+
+def _micro(args: argparse.Namespace) -> int:
+    if args.variant is None or args.out is None:
+        raise ValueError("train micro needs --variant and --out")
+    given = {"steps": args.steps, "tower_steps": args.tower_steps, "num_documents": args.documents}
+    recipe = replace(MicroRecipe(), **{name: value for name, value in given.items() if value is not None})
+    out, work = Path(args.out), Path(args.work or "work")
+    train_micro(args.variant, args.seed or 0, out, work, recipe, lambda line: print(line, flush=True))
     return 0
+
+
+def _bar(console: Console, recipe: Recipe, done: int) -> Progress:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    bar.add_task("starting", total=recipe.steps, completed=done)
+    return bar
+
+
+def _line(step: Step) -> str:
+    return (
+        f"loss {step.loss:.4f}  lr {step.lr:.2e}  norm {step.grad_norm:.2f}  "
+        f"{step.tokens / step.seconds:,.0f} tokens/s  {step.documents / step.seconds:.2f} documents/s  waiting {step.waited / step.seconds:.0%}"
+    )
+
+
+def _shower(recipe: Recipe, console: Console, bar: Progress, writer: Any) -> Any:
+    def show(step: Step) -> None:
+        bar.update(bar.task_ids[0], completed=step.step, description=_line(step))
+        if not console.is_terminal and (step.step % recipe.log_every == 0 or step.step == recipe.steps):
+            print(f"step {step.step}/{recipe.steps}  {_line(step)}", flush=True)
+        if writer is not None:
+            for name in ("loss", "lr", "grad_norm"):
+                writer.add_scalar(name, getattr(step, name), step.step)
+
+    return show
+
+
+def _tensorboard(recipe: Recipe) -> Any:
+    """A writer where the recipe asks for one. ValueError where it is not installed."""
+    if not recipe.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "tensorboard = true needs the tensorboard package: pip install 'nvlm-runtime[train]'"
+        ) from error
+    return SummaryWriter(Path(recipe.out) / "tensorboard")

@@ -52,7 +52,7 @@ class Document:
 def make_document(
     row: DataRow, tokenizer: Tokenizer, config: NVLMConfig, seq_len: int, style: str, task: str, log: Log
 ) -> Document:
-    """Raises BadRow, with file and line, where the row is no prompt, or is longer than seq_len with the fewest tiles."""
+    """Raises BadRow, with file and line, where the row is no prompt or, with the fewest tiles, longer than seq_len."""
     sizes = [_size(path, row.where) for path in row.images]
     limits = [limit for limit in TILE_LIMITS if limit <= config.max_tiles]
     limits = [config.max_tiles] + [limit for limit in limits if limit < config.max_tiles]

@@ -1,4 +1,4 @@
-"""A blend of datasets as an endless stream of batches, cut ahead of the step in threads, that can be left and continued.
+"""A blend of datasets as an endless stream of batches, made ahead of the step in threads, left and gone on with.
 
 Which dataset a document comes from, and in which order a dataset is read, depends on the seed alone; every dataset is
 read to its end before a row of it comes again, in another order. Batches are made window by window, so a place in the

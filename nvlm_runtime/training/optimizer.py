@@ -1,0 +1,86 @@
+"""AdamW on what learns, in fp32 whatever the model is in, and the learning rate of a step.
+
+Parameters in bfloat16 have fp32 masters, which gradients are added to and which the model's own are rounded from; in
+fp32 a parameter is its own master. Weight decay leaves vectors alone (norms, biases, gates) unless asked otherwise.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvlm_runtime.training.recipe import Recipe
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Of a step from 0: linear up over `warmup` steps, a cosine down to lr_min at the last."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - 1 - recipe.warmup)
+    return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Optimizer:
+    """parameters: what learns, by name."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe):
+        self.recipe, self.parameters = recipe, dict(parameters)
+        self.masters: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype == torch.float32:
+                self.masters[name] = parameter
+            else:
+                self.masters[name] = parameter.detach().float().requires_grad_()
+                parameter.register_post_accumulate_grad_hook(self._collect(self.masters[name]))
+        decayed = {name: recipe.decay_norms_and_gates or p.dim() > 1 for name, p in self.masters.items()}
+        groups = [
+            {"params": [p for name, p in self.masters.items() if decayed[name] == decays], "weight_decay": decay}
+            for decays, decay in ((True, recipe.weight_decay), (False, 0.0))
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), foreach=True)
+
+    @staticmethod
+    def _collect(master: Tensor) -> Any:
+        def hook(parameter: nn.Parameter) -> None:
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+        return hook
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Clips, moves, forgets the gradients. Returns the rate and the gradients' norm before clipping.
+
+        Raises ValueError where the norm is not finite; nothing has moved then.
+        """
+        masters = list(self.masters.values())
+        norm = nn.utils.clip_grad_norm_(masters, self.recipe.clip).item()
+        if not math.isfinite(norm):
+            raise ValueError(f"step {number}: the gradients' norm is {norm}: a smaller lr, or data that is not broken")
+        rate = learning_rate(self.recipe, number)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+        return rate, norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters by name, and AdamW's own."""
+        return {"masters": {n: p.detach() for n, p in self.masters.items()}, "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the state is of other parameters."""
+        if set(state["masters"]) != set(self.masters):
+            raise ValueError("the checkpoint is of other parameters than the recipe trains")
+        for name, master in self.masters.items():
+            master.copy_(state["masters"][name])
+            self.parameters[name].copy_(master)
+        self.adam.load_state_dict(state["adam"])
