@@ -73,7 +73,8 @@ def _bar(console: Console, recipe: Recipe, done: int) -> Progress:
 def _line(step: Step) -> str:
     return (
         f"loss {step.loss:.4f}  lr {step.lr:.2e}  norm {step.grad_norm:.2f}  "
-        f"{step.tokens / step.seconds:,.0f} tokens/s  {step.documents / step.seconds:.2f} documents/s  waiting {step.waited / step.seconds:.0%}"
+        f"{step.tokens / step.seconds:,.0f} tokens/s  "
+        f"{step.documents / step.seconds:.2f} documents/s  waiting {step.waited / step.seconds:.0%}"
     )
 
 

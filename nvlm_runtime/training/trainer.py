@@ -96,7 +96,7 @@ class Trainer:
         self.model, self.values = load(base, device, dtype)
         if self.model.config.variant != recipe.variant:
             raise ValueError(
-                f"the recipe is for NVLM-{recipe.variant.upper()}, {base} is -{self.model.config.variant.upper()}"
+                f"the recipe is for variant {recipe.variant}, {base} is NVLM-{self.model.config.variant.upper()}"
             )
         self.learns = freeze(self.model, recipe.train)
         self.model.language_model.recompute = recipe.recompute
@@ -164,7 +164,8 @@ class Trainer:
         self.model.train()
         for batch in batches:
             loss = self.loss(batch) / max(1, learnt)
-            loss.backward()
+            if loss.requires_grad:  # text alone teaches nothing where the decoder is frozen
+                loss.backward()
             total += loss.item()
         if not math.isfinite(total):
             raise ValueError(f"step {self.next_step}: the loss is {total}: a smaller lr, or data that is not broken")
