@@ -62,11 +62,14 @@ def computes_in_fp32(x: Tensor) -> bool:
 
 def linear_in_fp32(x: Tensor, rows: Callable[[int, int], Tensor], num_features: int, bias: Tensor | None) -> Tensor:
     """x [*, K] times a weight whose rows [first, end) are `rows(first, end)`, fp32. Returns [*, L] in x's dtype."""
-    wide = x.float()
     y = x.new_empty(*x.shape[:-1], num_features)
-    for first in range(0, num_features, BLOCK_FEATURES):
-        end = min(first + BLOCK_FEATURES, num_features)
-        y[..., first:end] = F.linear(wide, rows(first, end), None if bias is None else bias[first:end].float())
+    # a tile at a time: its bits are the same in any batch, and what exists in fp32 stays small
+    for wide, out in zip(x.flatten(0, -3), y.flatten(0, -3), strict=True) if x.dim() > 2 else ((x, y),):
+        wide = wide.float()
+        for first in range(0, num_features, BLOCK_FEATURES):
+            end = min(first + BLOCK_FEATURES, num_features)
+            part = None if bias is None else bias[first:end].float()
+            out[..., first:end] = F.linear(wide, rows(first, end), part)
     return y
 
 
