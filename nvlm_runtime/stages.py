@@ -20,6 +20,8 @@ from nvlm_runtime.rank_sampling import draw_over_ranks
 from nvlm_runtime.sampling import Draw, Sampling
 from nvlm_runtime.slots import Slots
 
+CACHED = 1 << 20  # activations of tiles that a CPU encodes together
+
 
 class Stages:
     """Eager stages of a model, whose steps may be native.
@@ -54,9 +56,16 @@ class Stages:
         """Lets go of buffers that are no longer used."""
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Tiles of one image [N, 3, S, S] to features [N, 4P, C]."""
+        """Tiles of one image [N, 3, S, S] to features [N, 4P, C]. A CPU takes large tiles one by one: they stay in its
+        cache, and a tile's bits do not depend on its neighbours.
+        """
+        vision, count = self.model.config.vision, len(pixel_values)
+        if pixel_values.device.type == "cpu" and self.model.group.size == 1:
+            count = max(1, CACHED // ((vision.num_patches + 1) * vision.hidden_size))
         with record_function("nvlm.encode"):
-            return self.model.encode(pixel_values)
+            if count >= len(pixel_values):
+                return self.model.encode(pixel_values)
+            return torch.cat([self.model.encode(some) for some in pixel_values.split(count)])
 
     def project(self, features: Tensor) -> Tensor:
         """Features to image tokens [N, P, C]."""
