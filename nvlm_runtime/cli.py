@@ -15,6 +15,7 @@ def _model_options(parser: argparse.ArgumentParser, model: str | None = "micro-d
     parser.add_argument("--model", default=model, help=f"bundled name or checkpoint folder{default}")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument("--lora", metavar="FOLDER", help="adapters in PEFT's form, merged into the weights")
     parser.add_argument("--no-compile", action="store_true", help="decode in plain PyTorch, without a C++ compiler")
     parser.add_argument(
         "--quantize",

@@ -9,8 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from nvlm_kernels import pixel_shuffle_project
 from nvlm_runtime.attention import Documents, PackedPast
+=======
+from nvlm_kernels import pixel_shuffle, pixel_shuffle_project
+from nvlm_runtime.adapter import AdaptedLinear
+>>>>>>> 133f4bd (LoRA on any part: PEFT's files in both directions, beside the weights or in them; ask --lora)
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.decoder import CrossView, Decoder
 from nvlm_runtime.layout import ImageLayout, Layout
@@ -60,6 +65,8 @@ class NVLMModel(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """Features to image tokens [N, P, C]: pixel shuffle and the projector."""
         norm, first, *rest = self.mlp1
+        if isinstance(first, AdaptedLinear):
+            return self.mlp1(pixel_shuffle(features, self.config.ps_version))
         given = (features, norm.weight, norm.bias)
         if rest:  # the norm is inside what is shared out
             given = tuple(map(self.group.spread, given))

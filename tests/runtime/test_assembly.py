@@ -23,6 +23,7 @@ from tests.runtime.backbones import save_gguf, save_text_model, text_model
 from tests.runtime.qwen import tiny_backend
 from tests.runtime.small import VISION, small_model
 
+RECEIPT = Path(__file__).parents[2] / "examples" / "receipt.png"
 TOWER = (
     "random:hidden_size=32,intermediate_size=48,num_hidden_layers=2,num_attention_heads=4,image_size=32,patch_size=8"
 )
