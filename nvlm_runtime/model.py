@@ -9,13 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from nvlm_kernels import pixel_shuffle_project
-from nvlm_runtime.attention import Documents, PackedPast
-=======
 from nvlm_kernels import pixel_shuffle, pixel_shuffle_project
 from nvlm_runtime.adapter import AdaptedLinear
->>>>>>> 133f4bd (LoRA on any part: PEFT's files in both directions, beside the weights or in them; ask --lora)
+from nvlm_runtime.attention import Documents, PackedPast
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.decoder import CrossView, Decoder
 from nvlm_runtime.layout import ImageLayout, Layout
