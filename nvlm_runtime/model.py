@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nvlm_kernels import pixel_shuffle_project
+from nvlm_kernels import pixel_shuffle, pixel_shuffle_project
+from nvlm_runtime.adapter import AdaptedLinear
 from nvlm_runtime.attention import Documents, PackedPast
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.decoder import CrossView, Decoder
@@ -60,6 +61,8 @@ class NVLMModel(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """Features to image tokens [N, P, C]: pixel shuffle and the projector."""
         norm, first, *rest = self.mlp1
+        if isinstance(first, AdaptedLinear):
+            return self.mlp1(pixel_shuffle(features, self.config.ps_version))
         given = (features, norm.weight, norm.bias)
         if rest:  # the norm is inside what is shared out
             given = tuple(map(self.group.spread, given))

@@ -13,6 +13,7 @@ from typing import Any
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
 
+from nvlm_runtime.adapter import AdaptedLinear
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.plain import answer
 from nvlm_runtime.request import Output
@@ -70,6 +71,8 @@ def profile_request(
         raise ValueError("a profile is greedy: expected temperature 0 and repetition_penalty 1")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if any(isinstance(module, AdaptedLinear) for module in engine.model.modules()):
+        raise ValueError("a profile needs adapters merged: plain PyTorch reads the weights alone")
 
     def ours() -> Output:
         stream = engine.complete(engine.prepare(prompt, images), params)

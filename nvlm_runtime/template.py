@@ -92,6 +92,11 @@ class ChatTemplate:
         except ValueError as error:
             raise ValueError(f"{folder / name}: {error}") from error
 
+    def save(self, folder: str | Path) -> None:
+        """Writes `JINJA_FILE`, and the variables into a new `CONFIG_FILE`, as `load` reads them."""
+        Path(folder, JINJA_FILE).write_text(self.source, "utf-8")
+        Path(folder, CONFIG_FILE).write_text(json.dumps(self.variables, indent=2) + "\n", "utf-8")
+
     def render(self, turns: Sequence[tuple[str, Sequence[str | None]]], generation: bool) -> list[Piece]:
         """The conversation as the template writes it. turns: role and parts of each message, None being a picture.
 

@@ -100,6 +100,31 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no special token {name!r}, only {sorted(self._special)}")
         return self._special[name]
 
+    @property
+    def bos(self) -> str | None:
+        """The special token that the file's own post-processor puts before every text, None where it puts none."""
+        ids = self._backend.encode("a", add_special_tokens=True).ids
+        return self._backend.id_to_token(ids[0]) if ids and ids[0] in self._special_ids else None
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are no special tokens here."""
+        return [name for name in names if name not in self._special]
+
+    def with_specials(self, names: Iterable[str]) -> "Tokenizer":
+        """This tokenizer and special tokens behind its last id, in order. ValueError where ids would be used twice."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        names = self.missing(names)
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        made = Tokenizer(backend)
+        known = self._backend.get_vocab(with_added_tokens=True)
+        new = [made.special(name) for name in names if name not in known]
+        if new != list(range(self.vocab_size, self.vocab_size + len(new))):
+            raise ValueError(
+                f"the tokenizer has {len(known)} tokens and ids up to {self.vocab_size - 1}: between them {names} "
+                f"would get the ids {new}"
+            )
+        return made
+
     def encode(self, text: str) -> list[int]:
         """`text` as ordinary tokens, with no BOS. ValueError if it is no Unicode text (a lone surrogate)."""
         try:

@@ -1,6 +1,6 @@
 """Checkpoints in the published NVLM layout: sharded safetensors, an index, config.json, tokenizer files.
 
-One table (`_entries`) says what every tensor of a file is in memory. Three things differ between the two: the
+One table (`file_entries`) says what every tensor of a file is in memory. Three things differ between the two: the
 decoder's q, k, v and gate, up are one weight each in memory; the file's `language_model.model.` is our
 `language_model.`; and InternViT's attention is padded in the file with `num_dummy_heads` all-zero heads (25 to 32 in
 the published model), inside each third of qkv, in the q/k norms and in the columns of proj. A rank of a
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvlm_runtime.config import NVLMConfig, from_hf, to_hf
+from nvlm_runtime.config import NVLMConfig, VisionConfig, from_hf, to_hf
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import SOLO, Group, TextShard, VisionShard, VisionSplit
 
@@ -73,10 +73,15 @@ ROW_PARTS = ("gate_proj", "up_proj", "fc1")
 COLUMN_PARTS = ("down_proj", "fc2")
 
 
-def _entries(model: NVLMModel) -> dict[str, Entry]:
-    """File name of every tensor to its entry, in file order. A rank of a group has the same names and shapes."""
+def file_entries(model: NVLMModel) -> dict[str, Entry]:
+    """File name of every tensor to its entry, in file order. A rank of a group has the same names and shapes.
+
+    Adapters (`adapter`) are not the checkpoint's, and left out.
+    """
     entries: dict[str, Entry] = {}
     for parameter, tensor in model.named_parameters():
+        if ".lora_A." in parameter or ".lora_B." in parameter:
+            continue
         part = parameter.split(".")[0]
         entries_of = {"vision_model": _vision_entries, "mlp1": _projector_entries}.get(part, _decoder_entries)
         entries |= entries_of(model, parameter, tuple(tensor.shape))
@@ -158,7 +163,7 @@ def _vision_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) ->
 def parameter_counts(config: NVLMConfig) -> dict[str, int]:
     """Parameters of a checkpoint's parts and their total, dummy heads included, without allocating any."""
     with torch.device("meta"):
-        entries = _entries(NVLMModel(config))
+        entries = file_entries(NVLMModel(config))
     counts = dict.fromkeys(("vision", "projector", "decoder", "cross"), 0)
     for name, entry in entries.items():
         part = (
@@ -180,8 +185,11 @@ def _range(rank_of_tensor: int, axis: int, start: int, end: int) -> tuple[slice,
     return tuple(slice(start, end) if i == axis else slice(None) for i in range(rank_of_tensor))
 
 
-def _fill(parameter: Tensor, entry: Entry, stored: Any, name: str, is_checked: bool) -> None:
-    """Reads of a file's slice what the entry takes, straight into the parameter. ValueError for padding not zero."""
+def fill(parameter: Tensor, entry: Entry, stored: Any, name: str, is_checked: bool) -> None:
+    """Reads of a file's slice (or of a tensor in its shape) what the entry takes, straight into the parameter.
+
+    Raises ValueError for padding not zero.
+    """
     if entry.axis is None:
         parameter.copy_(stored[:] if entry.shape else stored[...])
         return
@@ -234,7 +242,24 @@ def _open(path: Path, stack: ExitStack) -> Any:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
-def _some(names: Iterator[str] | set[str]) -> str:
+def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Every tensor of a folder of safetensors, sharded or not: its name to its slice, read when it is indexed.
+
+    The files stay open as long as the stack. Raises FileNotFoundError for absent files, ValueError for a damaged one,
+    an index that does not fit its shards, and numbers that are not floating.
+    """
+    files = {path: _open(path, stack) for path in _shards(folder)}
+    where = {name: path for path, file in files.items() for name in file.keys()}
+    _check_index(folder, where)
+    tensors = {name: files[path].get_slice(name) for name, path in where.items()}
+    for name, tensor in tensors.items():
+        if tensor.get_dtype() not in DTYPES:
+            raise ValueError(f"{name} is stored as {tensor.get_dtype()}, expected one of {', '.join(DTYPES)}")
+    return tensors
+
+
+def some(names: Iterator[str] | set[str]) -> str:
+    """The first few names, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -245,14 +270,13 @@ def _check_index(folder: Path, where: Mapping[str, Path]) -> None:
     weight_map = read_json(folder / INDEX)["weight_map"]
     wrong = {name for name, file in weight_map.items() if name not in where or where[name].name != file}
     if wrong:
-        raise ValueError(f"{INDEX} names tensors its shards do not hold: {_some(wrong)}")
+        raise ValueError(f"{INDEX} names tensors its shards do not hold: {some(wrong)}")
     if unlisted := set(where) - set(weight_map):
-        raise ValueError(f"{INDEX} does not list tensors of its shards: {_some(unlisted)}")
+        raise ValueError(f"{INDEX} does not list tensors of its shards: {some(unlisted)}")
 
 
-def _dummy_heads(config: NVLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> NVLMConfig:
+def with_dummy_heads(vision: VisionConfig, shapes: Mapping[str, tuple[int, ...]]) -> VisionConfig:
     """The number of dummy heads, which config.json does not give, from the rows of the first qkv weight."""
-    vision = config.vision
     rows = (*shapes.get("vision_model.encoder.layers.0.attn.qkv.weight", ()), 3 * vision.hidden_size)[0]
     dummy = rows // (3 * vision.head_dim) - vision.num_attention_heads
     if rows % (3 * vision.head_dim) or dummy < 0:
@@ -260,7 +284,7 @@ def _dummy_heads(config: NVLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
             f"vision_model.encoder.layers.0.attn.qkv.weight has {rows} rows, "
             f"expected 3 x {vision.head_dim} x the heads, of which {vision.num_attention_heads} are real"
         )
-    return replace(config, vision=replace(vision, num_dummy_heads=dummy))
+    return replace(vision, num_dummy_heads=dummy)
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -297,14 +321,14 @@ def load(
         shapes = {name: tuple(files[path].get_slice(name).get_shape()) for name, path in where.items()}
         _check_index(folder, where)
         if "num_dummy_heads" not in values["vision_config"]:
-            config = _dummy_heads(config, shapes)
+            config = replace(config, vision=with_dummy_heads(config.vision, shapes))
         with torch.device("meta"):
             model = NVLMModel(config, group, vision_split)
-        entries = _entries(model)
+        entries = file_entries(model)
         if missing := set(entries) - set(where):
-            raise ValueError(f"{folder} misses {len(missing)} tensors: {_some(missing)}")
+            raise ValueError(f"{folder} misses {len(missing)} tensors: {some(missing)}")
         if unexpected := set(where) - set(entries):
-            raise ValueError(f"{folder} holds {len(unexpected)} unexpected tensors: {_some(unexpected)}")
+            raise ValueError(f"{folder} holds {len(unexpected)} unexpected tensors: {some(unexpected)}")
         for name, entry in entries.items():
             if shapes[name] != entry.shape:
                 raise ValueError(f"{name} has shape {list(shapes[name])}, expected {list(entry.shape)}")
@@ -323,7 +347,7 @@ def load(
             for name in sorted(entries, key=lambda name: (str(where[name]), name)):
                 entry = entries[name]
                 stored = files[where[name]].get_slice(name)
-                _fill(parameters[entry.parameter], entry, stored, name, is_checked=group.rank == 0)
+                fill(parameters[entry.parameter], entry, stored, name, is_checked=group.rank == 0)
     return model.eval(), values
 
 
@@ -359,15 +383,17 @@ def save(
     dtype: of the files, the parameters' own when None. run_dtype: what config.json asks a loader to compute in, the
     files' when None. Every file is written under a temporary name first. An index and shards that stood in the
     folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Raises ValueError
-    for a quantised model: the layout has no place for it.
+    for a quantised model and for one with adapters: the layout has no place for them.
     """
     if model.group.size > 1:
         raise ValueError("save: expected a whole model, got one rank's share of a group")
+    if any(".lora_A." in name for name, _ in model.named_parameters()):
+        raise ValueError("save: the model holds adapters: merge them first, or save them alone (save_lora)")
     if any(buffer.dtype == torch.int8 for buffer in model.buffers()):
         raise ValueError("save: expected floating weights, got a quantised model: save it before quantize_vision")
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
-    entries = _entries(model)
+    entries = file_entries(model)
     dtype = dtype or next(iter(parameters.values())).dtype
     shards: list[list[str]] = [[]]
     used = 0

@@ -108,7 +108,7 @@ def _answered(args: argparse.Namespace, task: Task, samples: Sequence[Sample], p
     """A line for every question: those that the file has, and the model's."""
     given = args.max_new_tokens
     params = GenerationParams(max_new_tokens=task.max_new_tokens if given is None else given)
-    names = ("task", "model", "style", "dtype", "quantize")
+    names = ("task", "model", "lora", "style", "dtype", "quantize")
     settings = {**{name: getattr(args, name) for name in names}, "max_new_tokens": params.max_new_tokens}
     records = kept(path, settings, samples, args.resume)
     if len(records) == len(samples):

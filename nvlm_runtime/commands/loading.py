@@ -24,6 +24,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
         check=args.check,
         speculate=args.speculate,
         quantize=_scheme(args.quantize),
+        lora=args.lora,
         **options,
     )
     wait_for_loading(group)

@@ -6,7 +6,7 @@ import torch
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Group, sizes
 from nvlm_runtime.presets import PRESETS
-from nvlm_runtime.weights import _entries, _fill
+from nvlm_runtime.weights import file_entries, fill
 from tests.parallel import work
 from tests.parallel.ranks import run_ranks
 from tests.parallel.small import TEXT_3, config, load, write
@@ -75,10 +75,10 @@ def compare(found, want, variant, ffn, size):
     """Every rank's part of every parameter is that of one process; what is padding is zero. found: one a rank."""
     given = {} if variant == "d" else {"ffn": ffn}
     with torch.device("meta"):
-        names = dict(_entries(NVLMModel(config(variant, **given))))
+        names = dict(file_entries(NVLMModel(config(variant, **given))))
     for rank, mine in enumerate(found):
         with torch.device("meta"):
-            entries = _entries(NVLMModel(config(variant, **given), Group(rank, size), "heads"))
+            entries = file_entries(NVLMModel(config(variant, **given), Group(rank, size), "heads"))
         expected = {name: torch.zeros_like(tensor) for name, tensor in mine.items()}
         for name, entry in entries.items():
             whole = names[name]
@@ -89,7 +89,7 @@ def compare(found, want, variant, ffn, size):
                     part = stored.narrow(whole.axis, piece.at, piece.size)
                     full.narrow(whole.axis, piece.start, piece.size).copy_(part)
                 stored = full
-            _fill(expected[entry.parameter], entry, stored, name, is_checked=False)
+            fill(expected[entry.parameter], entry, stored, name, is_checked=False)
         for name, tensor in mine.items():
             error, scale = (tensor - expected[name]).abs().max(), want[name].abs().max()
             assert error <= 1e-9 * scale, f"{variant} rank {rank} {name}: {error} of {scale}"
@@ -132,7 +132,7 @@ def test_ranks_hold_the_published_models_between_them(name, split):
         covered: dict[str, int] = {}
         for rank in range(size):
             with torch.device("meta"):
-                entries = _entries(NVLMModel(PRESETS[name], Group(rank, size), split))
+                entries = file_entries(NVLMModel(PRESETS[name], Group(rank, size), split))
             for tensor, entry in entries.items():
                 if entry.axis is not None:
                     across = torch.Size(entry.shape).numel() // entry.shape[entry.axis]
