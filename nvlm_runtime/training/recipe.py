@@ -32,6 +32,7 @@ class Blend:
 class Recipe:
     """model: a checkpoint folder or bundled name. out: the folder of the run, of its checkpoints and of what it gives.
 
+    lora: parts that learn by adapters beside their weights, or linears of them, as `lora.add_lora` takes them.
     rows: of a micro-batch, each of `seq_len` tokens; accumulate: micro-batches a step. max_tiles: of a picture, the
     model's own where None. text_share: of the documents that are of text_only datasets, whatever their weights; None
     leaves the weights as they are. lr falls from its peak to lr_min on a cosine, after `warmup` steps.
@@ -49,6 +50,10 @@ class Recipe:
     lr: float
     lr_min: float
     warmup: int
+    lora: tuple[str, ...] = ()
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.98
     weight_decay: float = 0.05
@@ -91,8 +96,10 @@ class Recipe:
             raise ValueError(f"recipe: warmup ({self.warmup} steps) must end before the {self.steps} steps do")
         if unknown := set(self.train) - set(PARTS):
             raise ValueError(f"recipe: train may name {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-        if not self.train:
-            raise ValueError("recipe: train names no part: nothing would learn")
+        if not self.train and not self.lora:
+            raise ValueError("recipe: train and lora name no part: nothing would learn")
+        if both := set(self.train) & {target.split(".")[0] for target in self.lora}:
+            raise ValueError(f"recipe: {', '.join(sorted(both))} cannot learn both whole and by adapters")
         if self.variant not in ("d", "x", "h"):
             raise ValueError(f"recipe: variant must be d, x or h, got {self.variant!r}")
         if self.precision not in ("float32", "bfloat16"):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nvlm_runtime.engine import checkpoint_folder
+from nvlm_runtime.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
@@ -98,13 +99,13 @@ class Trainer:
             raise ValueError(
                 f"the recipe is for variant {recipe.variant}, {base} is NVLM-{self.model.config.variant.upper()}"
             )
-        self.learns = freeze(self.model, recipe.train)
+        torch.manual_seed(recipe.seed)
+        self.learns = self._learners()
         self.model.language_model.recompute = recipe.recompute
         datasets = [
             Dataset(blend.task, JsonLines(Path(blend.file), Path(blend.images) if blend.images else None), weight)
             for blend, weight in zip(recipe.data, recipe.weights, strict=True)
         ]
-        torch.manual_seed(recipe.seed)
         self.optimizer = Optimizer(self.learns, recipe)
         self.next_step, self.history, state = 0, [], None
         if resume:
@@ -127,6 +128,21 @@ class Trainer:
             state=state,
         )
         self._signal: int | None = None
+
+    def _learners(self) -> dict[str, nn.Parameter]:
+        """What learns, by name: whole parts, and new adapters."""
+        recipe = self.recipe
+        whole = freeze(self.model, recipe.train)
+        if not recipe.lora:
+            return whole
+        add_lora(self.model, recipe.lora, recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout)
+        for parameter in whole.values():
+            parameter.requires_grad_(True)
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @property
+    def _tower_learns(self) -> bool:
+        return any(name.startswith("vision_model.") for name in self.learns)
 
     def run(self, show: Callable[[Step], None] = lambda step: None) -> int:
         """All steps that are left, then the model into the run's folder. Returns 0, or 128 + the signal that stopped
@@ -192,7 +208,7 @@ class Trainer:
     def loss(self, batch: Packed) -> Tensor:
         """The sum of a micro-batch's cross-entropies."""
         weight = self.model.language_model.embed_tokens.weight
-        with torch.set_grad_enabled("vision" in self.recipe.train):
+        with torch.set_grad_enabled(self._tower_learns):
             features = [self._features(tiles.to(weight.device, weight.dtype)) for tiles in batch.pixel_values]
         ids, labels = batch.input_ids.to(weight.device), batch.labels.to(weight.device)
         hidden = self.model(ids, batch.layouts, features, batch.documents)
@@ -237,7 +253,13 @@ class Trainer:
             partial.rename(path)
 
     def export(self) -> None:
-        """The model as a checkpoint of the published layout, with its tokenizer, in the run's folder."""
+        """The model as a checkpoint of the published layout, with its tokenizer, in the run's folder.
+
+        Adapters go into the folder "adapter" in PEFT's form, and into the checkpoint's weights.
+        """
+        if self.recipe.lora:
+            save_lora(self.model, self.out / "adapter", base=self.recipe.model)
+            merge_lora(self.model)
         dtype = self.values.get("torch_dtype", self.recipe.precision)
         self.model.eval()
         save(

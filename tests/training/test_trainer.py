@@ -107,6 +107,35 @@ def test_a_run_that_is_continued_has_the_bits_of_one_that_was_not(tmp_path, vari
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapters_learn_beside_frozen_weights(tmp_path, precision):
+    """The base keeps its bits until the end; the adapter's folder on it is the checkpoint; a stopped run goes on."""
+    given = {"train": "[]", "lora": '["decoder","cross.q_proj","projector"]', "lora_rank": 4, "lora_dropout": 0.1}
+    given |= {"steps": 6, "checkpoint_every": 3, "precision": precision}
+    trainer = Trainer(recipe_of(tmp_path, "x", **given), log=quiet)
+    base = {n: p.clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
+    for _ in range(4):
+        trainer.step()
+    assert set(trainer.learns) == {n for n, _ in trainer.model.named_parameters()} - set(base)
+    assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
+    assert all(p.any() for n, p in trainer.learns.items())
+    trainer.source.close()
+    whole = Trainer(recipe_of(tmp_path, "x", out="whole", **given), log=quiet)
+    whole.run()
+    part = Trainer(recipe_of(tmp_path, "x", out="part", **given), log=quiet)
+    for _ in range(3):
+        part.step()
+    part.checkpoint()
+    part.source.close()
+    Trainer(recipe_of(tmp_path, "x", out="part", **given), resume=True, log=quiet).run()
+    files = [load_file(tmp_path / out / "model.safetensors") for out in ("whole", "part")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    put_on = NVLM.load(tmp_path / "x", lora=tmp_path / "whole" / "adapter", dtype=getattr(torch, precision))
+    made = NVLM.load(tmp_path / "whole", dtype=getattr(torch, precision))
+    ids = made.prepare("What?").input_ids
+    assert torch.equal(put_on.logits(ids), made.logits(ids))
+
+
 def test_loss_falls_on_one_batch(tmp_path):
     trainer = Trainer(recipe_of(tmp_path, "x", steps=40, lr=3e-3, train='["projector","cross","decoder"]'), log=quiet)
     batch = next(trainer.source)
@@ -199,6 +228,8 @@ def test_what_is_not_finite_ends_the_run_and_moves_nothing(tmp_path, monkeypatch
         (["warmup=20"], r"warmup \(20 steps\) must end before the 20 steps do"),
         (['train=["tower"]'], "train may name vision, projector, cross, decoder, got tower"),
         (["lr_min=1"], "0 <= lr_min <= lr"),
+        (["train=[]"], "train and lora name no part"),
+        (['lora=["decoder.q_proj"]'], "decoder cannot learn both whole and by adapters"),
         (['data=[{task="a"}]'], r"recipe: data\[0\] lacks file"),
         (['data=[{task="a",file="b",weigth=1}]'], r"recipe: data\[0\]: unknown weigth; known are task, file"),
         (["text_share=1.5"], "text_share is between 0 and 1"),
