@@ -137,6 +137,20 @@ def _init(parser: argparse.ArgumentParser) -> None:
     _json_option(parser)
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="bundled name, published name (nvlm-d-72b) or checkpoint folder")
+    # not `tp`, which starts ranks
+    parser.add_argument("--tp", dest="size", type=int, default=1, metavar="N", help="GPUs (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="rows at once (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--tiles", type=int, default=7, help="of a picture, thumbnail included (default: %(default)s)")
+    parser.add_argument("--device", default="h100", help="a100, h100, h200 or cpu (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--vision-split", choices=("tiles", "heads"), default="tiles", help="(default: %(default)s)")
+    parser.add_argument("--train", choices=("pretrain", "sft"), help="plan a stage of the paper instead")
+    _json_option(parser)
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.usage = "nvlm train RECIPE [--set KEY=VALUE ...] [--resume]\n       nvlm train micro --variant V --out DIR"
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, pretrain-d, -x, -h, sft-d, -x, -h, or micro")
@@ -188,6 +202,7 @@ COMMANDS = {
     "ask": ("ask", _ask, "answer one question about pictures"),
     "chat": ("chat", _chat, "talk about pictures: /image FILE adds one, /quit leaves"),
     "info": ("info", _info, "what a model is, and how it would tile a picture"),
+    "plan": ("plan", _plan, "bytes a GPU and predicted times, before any is rented"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),
     "init": ("init", _init, "a new checkpoint from a text model and a vision tower"),
     "train": ("train", _train, "fine-tune by a recipe, or train a micro model from seeds"),

@@ -1,0 +1,89 @@
+"""The planner against what is really allocated, published totals, and hand arithmetic."""
+
+import json
+
+import pytest
+import torch
+
+from nvlm_runtime import NVLM
+from nvlm_runtime.cli import main
+from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.parallel import Group
+from nvlm_runtime.plan import DEVICES, Request, find_device, plan_model, trained_parts
+from nvlm_runtime.presets import PRESETS
+
+H100 = DEVICES["h100"]
+
+
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+def test_weights_and_caches_are_those_that_are_allocated(variant):
+    """Of a micro model: the parameters of a loaded engine, and every tensor of a batch's caches."""
+    engine = NVLM.load(f"micro-{variant}", native=False)
+    plan = plan_model(engine.config, Request(3, 1000, 7), H100, dtype=torch.float32)
+    assert plan.bytes["weights"] == sum(p.nbytes for p in engine.model.parameters())
+    rounded = -(-engine.max_image_keys // 256) * 256
+    slots = engine.batch(3, 1000, rounded).slots
+    assert plan.bytes["keys and values"] == slots.cache.k.nbytes + slots.cache.v.nbytes
+    cross = slots.cross.k.nbytes + slots.cross.v.nbytes if slots.cross else 0
+    assert plan.bytes["image keys and values"] == cross
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_ranks_of_72b(size):
+    """The published parameters less the dummy heads, shared out; keys by hand: 80 layers of 8 heads of 128."""
+    plan = plan_model(PRESETS["nvlm-d-72b"], Request(4, 32767, 7), H100, size, "heads")
+    real = 79_379_593_344 - 45 * 7 * 128 * (3 * 3200 + 2 + 3200)
+    assert real / size <= plan.bytes["weights"] / 2 < 1.03 * real / size + 10e6
+    assert plan.bytes["keys and values"] == 2 * 2 * 80 * 4 * 32768 * 8 * 128 // size
+    assert plan.fits == (size > 2)
+
+
+def test_training_counts_what_the_stage_learns():
+    config = PRESETS["nvlm-x-72b"]
+    assert trained_parts(config, "pretrain") == ("projector", "cross")
+    with torch.device("meta"):
+        model = NVLMModel(config, Group(0, 8))
+    learns = sum(p.numel() for n, p in model.named_parameters() if n.startswith("mlp1.") or ".cross_attn." in n)
+    plan = plan_model(config, Request(1, 512, 1), H100, 8, trains=("projector", "cross"))
+    assert plan.bytes["optimizer"] == 8 * learns and plan.bytes["fp32 masters"] == plan.bytes["gradients"] == 4 * learns
+    assert not plan.seconds
+
+
+def test_a_tokens_time_is_its_bytes():
+    plan = plan_model(PRESETS["nvlm-d-72b"], Request(1, 4096, 7), H100, 8)
+    with torch.device("meta"):
+        decoder = NVLMModel(PRESETS["nvlm-d-72b"], Group(0, 8)).to(torch.bfloat16).language_model
+    read = sum(p.nbytes for p in decoder.parameters()) - decoder.embed_tokens.weight.nbytes
+    read += 2 * 2 * 80 * 4096 * 8 * 128 // 8
+    assert plan.seconds["a token of 1 rows"] == pytest.approx(read / 3.35e12)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["nvlm-d-72b", "--tp", "3"],
+            "3 ranks cannot share 64 heads and 8 kv heads evenly: this model can be",
+        ),
+        (["nvlm-d-72b", "--context", "40000"], "the context of this model is 32768 tokens, got 40000"),
+        (["nvlm-d-72b", "--batch", "0"], "batch must be at least 1, got 0"),
+        (["nvlm-d-72b", "--tiles", "9"], "tiles must be from 0 to 7, thumbnail included, got 9"),
+        (["nvlm-d-72b", "--device", "b200"], "unknown device 'b200': expected cpu or one of a100, h100, h200"),
+        (["nvlm-e-72b"], "unknown model 'nvlm-e-72b'"),
+    ],
+)
+def test_refuses(words, said, capsys):
+    assert main(["plan", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command(capsys):
+    assert main(["plan", "nvlm-x-72b", "--tp", "2", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["total"] == sum(values["bytes"].values()) and not values["fits"]
+    assert values["suggestions"] == ["--tp 4 fits"]
+    assert main(["plan", "nvlm-x-72b", "--tp", "8", "--batch", "4", "--context", "32768"]) == 0
+    out = capsys.readouterr().out
+    assert "It fits into 80 GB" in out and "predicted from the roof, not measured: encode a picture" in out
+    assert main(["plan", "micro-d", "--device", "cpu", "--context", "2048", "--train", "sft"]) == 0
+    assert find_device("cpu").flops is None
