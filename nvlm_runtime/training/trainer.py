@@ -127,6 +127,7 @@ class Trainer:
             log=log,
             state=state,
         )
+        self._place = self.source.state()  # behind the last whole step
         self._signal: int | None = None
 
     def _learners(self) -> dict[str, nn.Parameter]:
@@ -148,7 +149,8 @@ class Trainer:
         """All steps that are left, then the model into the run's folder. Returns 0, or 128 + the signal that stopped
         it: SIGTERM and Ctrl-C end the run after the step they came in, with a checkpoint.
 
-        show: told of every step. Raises ValueError where loss or gradients are not finite.
+        show: told of every step. Raises ValueError where loss or gradients are not finite, and BadRow; the steps before
+        are in a checkpoint then.
         """
         recipe, saved = self.recipe, self.next_step
         self.out.mkdir(parents=True, exist_ok=True)
@@ -162,10 +164,10 @@ class Trainer:
                     show(step)
                     if self.next_step % recipe.checkpoint_every == 0:
                         saved = self.checkpoint()
-                if saved < self.next_step:
-                    self.checkpoint()
-        finally:
+        finally:  # also behind a bad row or a loss that is not finite: the steps before it are kept
             self.source.close()
+            if saved < self.next_step:
+                self.checkpoint()
         if self._signal is not None and self.next_step < recipe.steps:
             return 128 + self._signal
         self.export()
@@ -187,6 +189,7 @@ class Trainer:
             raise ValueError(f"step {self.next_step}: the loss is {total}: a smaller lr, or data that is not broken")
         rate, norm = self.optimizer.step(self.next_step)
         self.next_step += 1
+        self._place = self.source.state()
         return Step(
             step=self.next_step,
             loss=total,
@@ -226,7 +229,7 @@ class Trainer:
             "step": self.next_step,
             "recipe": json.dumps(asdict(self.recipe)),
             "optimizer": self.optimizer.state_dict(),
-            "source": json.dumps(self.source.state()),
+            "source": json.dumps(self._place),
             "random": torch.get_rng_state(),
         }
         write_checkpoint(self.folder, self.next_step, state, self.recipe.keep)

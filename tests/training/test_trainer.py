@@ -16,6 +16,8 @@ from nvlm_runtime import NVLM
 from nvlm_runtime.training.checkpoint import checkpoints
 from nvlm_runtime.training.optimizer import Optimizer, learning_rate
 from nvlm_runtime.training.recipe import bundled_recipes, read_recipe
+from nvlm_runtime.training.rows import BadRow
+from nvlm_runtime.training.source import Source
 from nvlm_runtime.training.trainer import Trainer, part_of
 from tests.training.data import write_data, write_model
 
@@ -210,12 +212,35 @@ def test_what_is_not_finite_ends_the_run_and_moves_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(Trainer, "loss", loss)
     with pytest.raises(ValueError, match="step 3: the loss is nan"):
         trainer.run()
-    assert [path.name for path in checkpoints(trainer.folder)] == ["step-00000002"]
+    assert [path.name for path in checkpoints(trainer.folder)] == ["step-00000002", "step-00000003"]
     optimizer = Optimizer({"w": torch.nn.Parameter(torch.ones(2, 2))}, trainer.recipe)
     optimizer.masters["w"].grad = torch.full((2, 2), math.inf)
     with pytest.raises(ValueError, match="step 7: the gradients' norm is (inf|nan)"):
         optimizer.step(7)
     assert torch.equal(optimizer.masters["w"], torch.ones(2, 2))
+
+
+def test_a_bad_row_ends_the_run_and_keeps_its_steps(tmp_path, monkeypatch):
+    """Met in the middle of a step; mended, the run goes on with the bits of one that never met it."""
+    given = {"steps": 5, "checkpoint_every": 100, "accumulate": 3}
+    whole = Trainer(recipe_of(tmp_path, "d", out="whole", **given), log=quiet)
+    whole.run()
+    original, calls = Source.__next__, []
+
+    def meets_a_bad_row(self):
+        calls.append(original(self))
+        if len(calls) == 8:
+            raise BadRow("seen.jsonl, line 7: broken")
+        return calls[-1]
+
+    monkeypatch.setattr(Source, "__next__", meets_a_bad_row)
+    with pytest.raises(BadRow, match="seen.jsonl, line 7: broken"):
+        Trainer(recipe_of(tmp_path, "d", **given), log=quiet).run()
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(tmp_path / "out" / "checkpoints")] == ["step-00000002"]
+    again = Trainer(recipe_of(tmp_path, "d", **given), resume=True, log=quiet)
+    again.run()
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
