@@ -234,7 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if _is_launcher(args):
             return importlib.import_module("nvlm_runtime.ranks").launch(argv, args.tp)
-        return importlib.import_module(f"nvlm_runtime.commands.{args.module}").run(args)
+        code = importlib.import_module(f"nvlm_runtime.commands.{args.module}").run(args)
+        if "WORLD_SIZE" in os.environ:
+            importlib.import_module("nvlm_runtime.ranks").leave()
+        return code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

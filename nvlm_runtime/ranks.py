@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nvlm_runtime.parallel import SOLO, Group
 
-TIMEOUT = 20.0  # seconds; loading has LOADING
+TIMEOUT = 20.0  # seconds; starting and loading have LOADING
 LOADING = 3600.0
 
 
@@ -50,20 +50,21 @@ def join(device: str, size: int | None, timeout: float = TIMEOUT) -> tuple[Group
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return Group(dist.get_rank(), world, dist.group.WORLD), device
+        dist.init_process_group(backend, timeout=timedelta(seconds=LOADING))
+        dist.barrier()  # processes start and load at their own pace, but answer at one
+    return Group(dist.get_rank(), world, dist.new_group(timeout=timedelta(seconds=timeout))), device
 
 
 def wait_for_loading(group: Group) -> None:
     """Returns when all ranks are here, however long the slowest disk takes, up to an hour."""
     if group.handle is not None:
-        patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOADING))
-        dist.barrier(patient)
-        dist.destroy_process_group(patient)
+        dist.barrier()
 
 
 def leave() -> None:
+    """At a rank's end: waits for the others, who may still be in the last collective with it."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -125,6 +125,7 @@ def test_run_and_rescore(capsys, tmp_path, task):
     assert lines[0] == {
         "task": task,
         "model": "micro-d",
+        "lora": None,
         "style": "hf",
         "dtype": None,
         "quantize": [],
