@@ -93,12 +93,9 @@ class GatedCrossAttention(nn.Module):
         q = self.q_proj(self.group.spread(normed)).unflatten(-1, (-1, self.head_dim))
         sees = intervals[..., 1] > intervals[..., 0]
         out = tile_attention(q, k, v, intervals)
-        if isinstance(self.o_proj, AdaptedLinear):
-            branch = torch.where(sees[..., None], self.o_proj(out.flatten(2)), 0)
-            x = tanh_gated_add(x, branch, self.gate)
-        elif self.group.size == 1:
+        if self.group.size == 1 and not isinstance(self.o_proj, AdaptedLinear):
             x = gated_project(out.flatten(2), dense_weight(self.o_proj, x.dtype), x, self.gate, sees)
-        else:
+        else:  # no bias: a row that sees nothing gets 0
             x = tanh_gated_add(x, self.group.reduce(self.o_proj(out.flatten(2))), self.gate)
         if self.ffn == "none":
             return x

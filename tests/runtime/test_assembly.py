@@ -384,6 +384,28 @@ def test_out_is_written_whole_or_not_at_all(capsys, tmp_path, texts, monkeypatch
     NVLM.load(tmp_path / "out")
 
 
+def test_a_folder_that_filled_up_meanwhile(tmp_path, texts):
+    made = assemble("d", texts / "right", TOWER)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not empty"):
+        made.save(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ids_with_gaps_are_not_given_twice(tmp_path, texts):
+    """tokenizers numbers a new token by how many there are, which in a vocabulary with gaps is another's id."""
+    values = json.loads((texts / "right" / "tokenizer.json").read_text())
+    vocab, moved = values["model"]["vocab"], {each["content"] for each in values["added_tokens"]}
+    values["added_tokens"] = [each for each in values["added_tokens"] if each["content"] != "<|vision_pad|>"]
+    last = max(vocab, key=lambda name: vocab[name] if name not in moved else -1)
+    vocab[last] += 50
+    del vocab["<|vision_pad|>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"ids up to 366: between them \['<\|vision_pad\|>'\] would get the ids"):
+        Tokenizer.load(tmp_path).with_specials(["<|vision_pad|>"])
+
+
 PROMPTS = ("What is the capital of France?", "Write a haiku about the sea in 2024.", "Explain how a rainbow forms.")
 
 
