@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_all(endless, victim):
     lines = err.decode().splitlines()
     # the agent may see the others end before it looks at the one that was killed
     assert re.fullmatch(r"nvlm: rank \d of 3 ended with (signal 9|exit code 1); all ranks are stopped", lines[-1])
-    assert all(re.fullmatch(r"nvlm: rank \d: another rank is gone or hangs", line) for line in lines[:-1])
+    assert not any("Traceback" in line for line in lines)
     assert not any(is_running(pid) for pid in ranks.values()), "an orphan"
 
 

@@ -149,6 +149,9 @@ def test_loss_falls_on_one_batch(tmp_path):
         def __next__(self):
             return batch
 
+        def state(self):
+            return {}
+
     trainer.source = One()
     losses = [trainer.step().loss for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
