@@ -21,12 +21,10 @@ from bench.cases import Call, Case
 from bench.cases.case import tensors_in
 from bench.options import chosen, options
 from bench.report import table, write
+from nvlm_runtime.plan import DEVICES
 
 # Published peaks: bytes/s of memory, dense bf16 flops/s.
-ROOFS = {
-    "NVIDIA A100-SXM4-80GB": (2.039e12, 312e12),
-    "NVIDIA H100 80GB HBM3": (3.35e12, 989e12),
-    "NVIDIA H200": (4.8e12, 989e12),
+ROOFS = {device.name: (device.bandwidth, device.flops) for device in DEVICES.values()} | {
     "NVIDIA B200": (8.0e12, 2250e12),
     "AMD Instinct MI300X": (5.3e12, 1307e12),
 }

@@ -242,15 +242,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
+        if "RANK" in os.environ:  # at once, before the others miss this rank
+            os._exit(importlib.import_module("nvlm_runtime.ranks").NO_READER)
         return 0
     except (ValueError, OSError) as error:
-        if rank == 0:
-            print(f"nvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        words = " ".join(str(error).split())
+        if "RANK" in os.environ:
+            importlib.import_module("nvlm_runtime.ranks").tell(words)
+        else:
+            print(f"nvlm: {words}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl")):
             raise
-        print(f"nvlm: rank {rank}: another rank is gone or hangs", file=sys.stderr, flush=True)
+        importlib.import_module("nvlm_runtime.ranks").tell(f"rank {rank}: another rank is gone or hangs", True)
         os._exit(1)  # a collective may still hold a thread
 
 

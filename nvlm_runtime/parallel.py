@@ -49,7 +49,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.all_reduce(grad.contiguous().clone()), None
+        return ctx.group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
 
 
 class _Gather(torch.autograd.Function):

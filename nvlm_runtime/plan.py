@@ -1,8 +1,9 @@
 """What a model needs of each GPU before any is rented: bytes a rank, and what the hardware's limits allow for time.
 
-Bytes of weights and caches are those of the very tensors a rank would allocate, counted on the meta device; those of
-activations are the largest that live at once by the layers' shapes, estimates. Times are predictions from the roof: the
-larger of bytes over bandwidth and flops over the peak of dense bf16, collectives left out; nothing in them is measured.
+Bytes of weights are those of a rank's very parameters, counted on the meta device, and those of caches what `slots`
+would allocate; those of activations are the largest that live at once by the layers' shapes, estimates. Times are
+predictions from the roof: the larger of bytes over bandwidth and flops over the peak of dense bf16, collectives left
+out; nothing in them is measured.
 Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM.
 """
 
@@ -27,7 +28,9 @@ RESERVE = 0.08  # of the memory, for the context, kernels and fragments
 
 @dataclass(frozen=True)
 class Device:
-    """memory: bytes. bandwidth: bytes a second. flops: of dense bf16 a second. The last two: None where not known."""
+    """name: as torch.cuda gives it. memory: bytes. bandwidth: bytes a second. flops: of dense bf16 a second. The last
+    two are None where they are not known.
+    """
 
     name: str
     memory: int
@@ -36,9 +39,9 @@ class Device:
 
 
 DEVICES = {
-    "a100": Device("A100 80GB SXM", 80 * 10**9, 2.039e12, 312e12),
-    "h100": Device("H100 SXM", 80 * 10**9, 3.35e12, 989e12),
-    "h200": Device("H200 SXM", 141 * 10**9, 4.8e12, 989e12),
+    "a100": Device("NVIDIA A100-SXM4-80GB", 80 * 10**9, 2.039e12, 312e12),
+    "h100": Device("NVIDIA H100 80GB HBM3", 80 * 10**9, 3.35e12, 989e12),
+    "h200": Device("NVIDIA H200", 141 * 10**9, 4.8e12, 989e12),
 }
 
 
@@ -118,7 +121,7 @@ def weight_bytes(model: NVLMModel) -> int:
 
 
 def image_keys(config: NVLMConfig, tiles: int) -> int:
-    """Image keys of a picture, rounded as the engine does; NVLM-H's tags at their longest."""
+    """Image keys of a picture, rounded as the engine's lone requests are; NVLM-H's tags at their longest."""
     if config.cross is None or not tiles:
         return 0
     regular = tiles - 1 if config.routing.cross == "regular" else tiles

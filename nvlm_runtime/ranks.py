@@ -4,13 +4,17 @@ torchrun's agent starts the ranks, kills them all when one ends badly, and joins
 tensors, by NCCL between GPUs and gloo between CPUs. Whoever waits for a rank that hangs gives up after `TIMEOUT`.
 """
 
+import json
 import logging
 import os
 import signal
 import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +23,8 @@ from nvlm_runtime.parallel import SOLO, Group
 
 TIMEOUT = 20.0  # seconds; starting and loading have LOADING
 LOADING = 3600.0
+RUN = "nvlm-"  # begins the names of the runs that `launch` starts
+NO_READER = 128 + signal.SIGPIPE  # exit code of a rank whose words nobody reads any more
 
 
 def in_group() -> bool:
@@ -26,22 +32,20 @@ def in_group() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def join(device: str, size: int | None, timeout: float = TIMEOUT) -> tuple[Group, str]:
     """The group that torchrun started this process in, SOLO outside; and this rank's own device.
 
-    timeout: seconds a rank waits for another's part of a collective. Raises ValueError where `size` is given and the
-    group has another, and for a timeout that is not positive.
+    timeout: seconds a rank waits for another's part of a collective. Raises ValueError for a size below 1 or another
+    than the group's, and for a timeout that is not positive.
     """
-    if not in_group():
-        return SOLO, device
+    if size is not None and size < 1:
+        raise ValueError(f"--tp must be at least 1, got {size}")
     if not timeout > 0:
         raise ValueError(f"--tp-timeout must be above 0 seconds, got {timeout}")
+    if not in_group():
+        return SOLO, device
     world = int(os.environ["WORLD_SIZE"])
-    if size not in (None, 1, world):
+    if size not in (None, world):
         raise ValueError(
             f"--tp {size} in a group of {world} processes: torchrun's --nproc-per-node is the group's size"
         )
@@ -68,39 +72,58 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def tell(words: str, everyone: bool = False) -> None:
+    """Why this rank ends. The launcher prints one rank's words, as it may stop the others before they speak; under
+    torchrun rank 0 prints its own, or every rank (`everyone`).
+    """
+    if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN):
+        path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"message": words, "timestamp": int(time.time())}))
+        partial.rename(path)  # the launcher may stop this rank at any moment
+    elif everyone or os.environ["RANK"] == "0":
+        print(f"nvlm: {words}", file=sys.stderr, flush=True)
+
+
 def launch(argv: Sequence[str], size: int) -> int:
-    """Runs `nvlm argv` as `size` ranks on this machine and returns rank 0's exit code, or 1 where a rank was lost.
+    """Runs `nvlm argv` as `size` ranks on this machine. Returns 0, 2 for bad input, 1 where a rank was lost, 130 for
+    Ctrl-C, or 128 + the signal that ended the launcher.
 
     CPU threads are shared out unless OMP_NUM_THREADS says otherwise.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it has pages to say of a lost rank
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        run_id=uuid.uuid4().hex,
-        nproc_per_node=size,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "nvlm_runtime", *argv)
-    except ChildFailedError as error:
-        lost, failure = min(error.failures.items(), key=lambda item: _is_effect(item[1].exitcode))
-        if failure.exitcode in (2, 130):
-            return failure.exitcode  # bad input, which rank 0 has told of, or Ctrl-C
-        print(
-            f"nvlm: rank {lost} of {size} ended with {_words(failure.exitcode)}; all ranks are stopped", file=sys.stderr
+    with tempfile.TemporaryDirectory(prefix="nvlm-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            run_id=RUN + uuid.uuid4().hex,
+            nproc_per_node=size,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(folder),
         )
-        return 1
-    except SignalException as error:
-        return 128 + error.sigval.value
+        try:
+            elastic_launch(config, sys.executable)("-m", "nvlm_runtime", *argv)
+        except ChildFailedError as error:
+            lost, failure = min(error.failures.items(), key=lambda item: _is_effect(item[1].exitcode))
+            if failure.exitcode in (130, NO_READER):
+                return 130 if failure.exitcode == 130 else 0
+            if failure.exitcode == 2:
+                print(f"nvlm: {failure.message}", file=sys.stderr)
+                return 2
+            told = Path(failure.error_file).exists()
+            words = failure.message if told else f"rank {lost} of {size} ended with {_words(failure.exitcode)}"
+            print(f"nvlm: {words}; all ranks are stopped", file=sys.stderr)
+            return 1
+        except SignalException as error:
+            return 128 + error.sigval.value
     return 0
 
 
@@ -108,7 +131,7 @@ def _is_effect(code: int) -> int:
     """What ended a rank, from the likeliest cause of the others' end to what the agent did itself."""
     if code < 0 and code != -signal.SIGTERM:
         return 0
-    return 1 if code in (2, 130) else 3 if code < 0 else 2
+    return 1 if code in (2, 130, NO_READER) else 3 if code < 0 else 2
 
 
 def _words(code: int) -> str:

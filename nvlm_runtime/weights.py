@@ -418,15 +418,16 @@ def save(
     run_dtype = str(run_dtype or dtype).removeprefix("torch.")
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         (folder / INDEX).unlink(missing_ok=True)
     for stale in set(folder.glob("model*.safetensors")) - {folder / name for name in names}:
         stale.unlink()
-    _write_json(folder / "config.json", to_hf(model.config, run_dtype))
+    write_json(folder / "config.json", to_hf(model.config, run_dtype))
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Under a temporary name first."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(values, indent=2) + "\n")
     partial.rename(path)

@@ -7,12 +7,19 @@ from typing import Any
 import torch
 
 from nvlm_runtime.engine import NVLM
-from nvlm_runtime.ranks import TIMEOUT, join, wait_for_loading
+from nvlm_runtime.parallel import SOLO
+from nvlm_runtime.ranks import in_group, join, wait_for_loading
 from nvlm_runtime.sampling import GenerationParams
 
 
 def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
-    group, device = join(args.device, getattr(args, "tp", None), getattr(args, "tp_timeout", TIMEOUT))
+    """Raises what NVLM.load raises, and ValueError where a command that runs in one process is started in several."""
+    if hasattr(args, "tp"):
+        group, device = join(args.device, args.tp, args.tp_timeout)
+    elif in_group():
+        raise ValueError(f"nvlm {args.command} runs in one process, and torchrun started several")
+    else:
+        group, device = SOLO, args.device
     model = NVLM.load(
         args.model,
         device,

@@ -2,7 +2,8 @@
 
 Learnt is what an assistant says, and the token that ends it; the system's and the users' turns, the assistant's prefix,
 image slots and tags never are (Megatron-LM's loss mask for NVLM). A document too long for a row of `seq_len` tokens has
-its pictures cut into fewer tiles, 12, 8, 6, 4, 2, 1, until its image tokens fit (Megatron-LM's loader).
+its pictures cut into fewer tiles, 12, 8, 6, 4, 2, 1, until it fits (Megatron-LM's loader, which
+leaves four tokens free).
 """
 
 from collections.abc import Callable
@@ -54,21 +55,18 @@ def make_document(
 ) -> Document:
     """Raises BadRow, with file and line, where the row is no prompt or, with the fewest tiles, longer than seq_len."""
     sizes = [_size(path, row.where) for path in row.images]
-    limits = [limit for limit in TILE_LIMITS if limit <= config.max_tiles]
-    limits = [config.max_tiles] + [limit for limit in limits if limit < config.max_tiles]
-    for limit in limits:
+    for limit in (config.max_tiles, *(limit for limit in TILE_LIMITS if limit < config.max_tiles)):
         plans = [plan_tiles(*size, config.vision.image_size, min(config.min_tiles, limit), limit) for size in sizes]
         try:
             prompt = build_prompt(tokenizer, config, row.messages, plans, style=style, generation=False)
         except ValueError as error:
             raise BadRow(f"{row.where}: {error}") from error
-        if len(prompt.input_ids) - 1 <= seq_len:
-            break
-        if not row.images:
+        if len(prompt.input_ids) - 1 <= seq_len or not row.images:
             break
     ids = prompt.input_ids
     if len(ids) - 1 > seq_len:
-        raise BadRow(f"{row.where}: {len(ids) - 1} tokens, more than a row's {seq_len}, with the fewest tiles")
+        fewest = ", with the fewest tiles" if row.images else ""
+        raise BadRow(f"{row.where}: {len(ids) - 1} tokens, more than a row's {seq_len}{fewest}")
     if row.images and limit < config.max_tiles:
         log(f"{row.where}: at most {limit} tiles a picture, so that it fits into {seq_len} tokens")
     labels = [IGNORE] * len(ids)

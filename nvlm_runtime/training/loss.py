@@ -1,8 +1,8 @@
 """The loss of learnt tokens, whose logits never exist all at once.
 
 N learnt tokens, C hidden_size, V vocabulary. Through torch's `linear_cross_entropy` where this torch has it (2.13 on):
-chunks of rows, [chunk, V] logits at a time, gradients made on the way; plain logits otherwise, under tensor parallelism
-(whose logits are gathered) and for a head that cannot be read as one matrix.
+chunks of rows, [chunk, V] logits at a time, gradients made on the way; plain logits otherwise, and under tensor
+parallelism, which gathers them.
 """
 
 import torch
@@ -24,8 +24,7 @@ def token_loss(decoder: Decoder, hidden: Tensor, labels: Tensor, rows: int | Non
     hidden, labels = hidden[learnt], labels[learnt]
     if not len(labels):
         return hidden.sum().float()
-    chunked = rows is not None and len(labels) > rows and hasattr(F, "linear_cross_entropy") and decoder.group.size == 1
-    if not chunked:
+    if rows is None or not hasattr(F, "linear_cross_entropy") or decoder.group.size > 1:
         return F.cross_entropy(decoder.logits(hidden).float(), labels, reduction="sum")
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     weight = decoder.lm_head.weight

@@ -52,14 +52,17 @@ class Optimizer:
         return hook
 
     def step(self, number: int) -> tuple[float, float]:
-        """Clips, moves, forgets the gradients. Returns the rate and the gradients' norm before clipping.
+        """Clips, moves, forgets the gradients. number: steps that were made before. Returns the rate and the gradients'
+        norm before clipping.
 
         Raises ValueError where the norm is not finite; nothing has moved then.
         """
         masters = list(self.masters.values())
         norm = nn.utils.clip_grad_norm_(masters, self.recipe.clip).item()
         if not math.isfinite(norm):
-            raise ValueError(f"step {number}: the gradients' norm is {norm}: a smaller lr, or data that is not broken")
+            raise ValueError(
+                f"step {number + 1}: the gradients' norm is {norm}: a smaller lr, or data that is not broken"
+            )
         rate = learning_rate(self.recipe, number)
         for group in self.adam.param_groups:
             group["lr"] = rate

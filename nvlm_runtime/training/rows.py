@@ -9,11 +9,10 @@ Source: the published format of LLaVA's and ShareGPT's training files.
 """
 
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
@@ -38,7 +37,7 @@ class JsonLines:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: expected a file of JSON lines")
         self.path, self.image_root = path, image_root or path.parent
-        starts, lines, at = [], [], 0
+        starts, lines, at = array("q"), array("q"), 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -47,7 +46,7 @@ class JsonLines:
                 at += len(line)
         if not starts:
             raise ValueError(f"{path} is empty: expected a JSON object a line")
-        self._starts, self._lines = np.array(starts, np.int64), np.array(lines, np.int64)
+        self._starts, self._lines = starts, lines
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -56,7 +55,7 @@ class JsonLines:
         """Raises BadRow where the line is no conversation, or a picture of it is not there."""
         where = f"{self.path}, line {self._lines[index]}"
         with self.path.open("rb") as file:
-            file.seek(int(self._starts[index]))
+            file.seek(self._starts[index])
             line = file.readline()
         try:
             values = json.loads(line)

@@ -8,6 +8,7 @@ stream is two numbers and what each dataset has given: `state`.
 import random
 import threading
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Source:
         self._state = state or {"window": 0, "given": 0, "read": [0] * len(datasets), "num_bad": 0}
         if len(self._state["read"]) != len(datasets):
             raise ValueError(f"the state is of {len(self._state['read'])} datasets, the blend has {len(datasets)}")
-        self._orders: dict[tuple[int, int], list[int]] = {}
+        self._orders: dict[tuple[int, int], array] = {}
         self._queue: Queue[tuple[Packed, dict[str, Any]] | BaseException] = Queue(AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(dict(self._state),), daemon=True)
@@ -170,10 +171,10 @@ class Source:
                 self.log(f"skipped: {error}")
         return found, bad
 
-    def _order(self, index: int, epoch: int) -> list[int]:
+    def _order(self, index: int, epoch: int) -> array:
         if (index, epoch) not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key[0] != index}
-            order = list(range(len(self.datasets[index].rows)))
+            order = array("q", range(len(self.datasets[index].rows)))
             random.Random(f"order {self.seed} {index} {epoch}").shuffle(order)
             self._orders[index, epoch] = order
         return self._orders[index, epoch]

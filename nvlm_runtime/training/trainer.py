@@ -31,7 +31,7 @@ from nvlm_runtime.training.packing import Packed
 from nvlm_runtime.training.recipe import Recipe
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.source import Dataset, Source
-from nvlm_runtime.weights import load, save
+from nvlm_runtime.weights import load, save, write_json
 
 METRICS = "metrics.jsonl"
 
@@ -107,7 +107,7 @@ class Trainer:
             for blend, weight in zip(recipe.data, recipe.weights, strict=True)
         ]
         self.optimizer = Optimizer(self.learns, recipe)
-        self.next_step, self.history, state = 0, [], None
+        self.next_step, state = 0, None
         if resume:
             state = self._restore(read_checkpoint(found[-1]))
             log(f"goes on from {found[-1].name}")
@@ -154,7 +154,7 @@ class Trainer:
         """
         recipe, saved = self.recipe, self.next_step
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+        write_json(self.out / "recipe.json", asdict(recipe))
         try:
             with self._signals(), (self.out / METRICS).open("a", encoding="utf-8") as metrics:
                 while self.next_step < recipe.steps and self._signal is None:
@@ -186,7 +186,9 @@ class Trainer:
                 loss.backward()
             total += loss.item()
         if not math.isfinite(total):
-            raise ValueError(f"step {self.next_step}: the loss is {total}: a smaller lr, or data that is not broken")
+            raise ValueError(
+                f"step {self.next_step + 1}: the loss is {total}: a smaller lr, or data that is not broken"
+            )
         rate, norm = self.optimizer.step(self.next_step)
         self.next_step += 1
         self._place = self.source.state()
@@ -263,14 +265,8 @@ class Trainer:
         if self.recipe.lora:
             save_lora(self.model, self.out / "adapter", base=self.recipe.model)
             merge_lora(self.model)
-        dtype = self.values.get("torch_dtype", self.recipe.precision)
         self.model.eval()
-        save(
-            self.model,
-            self.out,
-            dtype=torch.float32 if self.recipe.precision == "float32" else None,
-            run_dtype=getattr(torch, dtype),
-        )
+        save(self.model, self.out, run_dtype=getattr(torch, self.values.get("torch_dtype", self.recipe.precision)))
         self.tokenizer.save(self.out)
 
     @contextmanager

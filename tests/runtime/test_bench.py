@@ -71,7 +71,6 @@ def test_a_part_measured_again_replaces_itself(quick, tmp_path):
 
 
 def test_pictures(quick, tmp_path):
-    pytest.importorskip("matplotlib")
     from bench.chart import draw
 
     draw(quick[0]["rows"], "micro-d", tmp_path / "speed.png")
@@ -255,7 +254,6 @@ def test_a_stages_ops_are_its_own():
 
 
 def test_stages_are_drawn(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     path = tmp_path / "stages.png"
     assert main(["profile", str(RECEIPT), "What is the total?", "--rounds", "1", "--png", str(path)]) == 0
     assert "prefill" in capsys.readouterr().out

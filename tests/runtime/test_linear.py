@@ -78,8 +78,27 @@ def test_trains_as_torch_does(fast_fp32):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize(("bf16", "fp32", "faster"), [(2.0, 1.0, True), (1.0, 2.7, False), (1.1, 1.0, False)])
+def test_the_faster_product_is_measured(monkeypatch, bf16, fp32, faster):
+    """On a clock that runs as a machine of each kind would make it; noise in one of five turns changes nothing."""
+    now, turns = [0.0], []
+
+    def product(x, w):
+        turns.append(x.dtype)
+        now[0] += {torch.bfloat16: bf16, torch.float32: fp32}[x.dtype] * (9 if len(turns) in (3, 6) else 1)
+        return x
+
+    monkeypatch.setattr(linear.F, "linear", product)
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
+    assert fp32_is_faster.__wrapped__() is faster
+    assert turns.count(torch.bfloat16) == turns.count(torch.float32) == 5
+
+
 def test_the_measurement_is_made_once():
-    assert fp32_is_faster() is fp32_is_faster()
+    fp32_is_faster()
+    before = fp32_is_faster.cache_info().misses
+    fp32_is_faster()
+    assert fp32_is_faster.cache_info().misses == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

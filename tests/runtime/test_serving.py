@@ -511,6 +511,9 @@ def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
             task.cancel()
         await asyncio.wait([task])
         del task
+        for _ in range(10):  # the loop closes the forgotten stream when it has a moment; then a step takes notice
+            await asyncio.sleep(0.05)
+            gate.permits.release()
         gate.free()
         return await collect(engine.stream("Hello?", max_new_tokens=5, ignore_eos=True))
 
@@ -528,7 +531,7 @@ def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
         else:
             text = asyncio.run(both(engine))
         assert text == alone("x", "Hello?", count=5).text
-    assert rows[0].finish_reason == "cancelled" and len(rows[0].token_ids) < 200
+    assert rows[0].finish_reason == "cancelled" and len(rows[0].token_ids) < 20
 
 
 def test_a_cancelled_loop_over_an_answer(monkeypatch):

@@ -123,12 +123,18 @@ def test_the_kernels_intervals_are_the_documents(monkeypatch):
     assert past.positions[0].tolist() == [*range(7), 0, *range(12)]
 
 
-@pytest.mark.parametrize("rows", [None, 1000, 7, 1])
-def test_chunks_of_the_loss_do_not_matter(rows):
+@pytest.mark.parametrize("chunks", [None, 1, 16, 1024])
+def test_chunks_of_the_loss_do_not_matter(chunks, monkeypatch):
+    """1,024 learnt tokens, at once and in chunks; of one chunk too, torch's chunked path is taken."""
+    from nvlm_runtime.training import loss as module
+
+    rows, chunked = chunks and 1024 // chunks, []
+    original = module.F.linear_cross_entropy
+    monkeypatch.setattr(module.F, "linear_cross_entropy", lambda *a, **k: chunked.append(k) or original(*a, **k))
     model = small_model("d").double().language_model
-    hidden = torch.randn(2, 8, TEXT.hidden_size, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, TEXT.vocab_size, (2, 8))
-    labels[0, :3] = IGNORE
+    hidden = torch.randn(2, 520, TEXT.hidden_size, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, TEXT.vocab_size, (2, 520))
+    labels[0, :16] = IGNORE
     learnt = labels != IGNORE
     logits = hidden @ model.lm_head.weight.T
     want = torch.nn.functional.cross_entropy(logits[learnt], labels[learnt], reduction="sum")
@@ -137,6 +143,7 @@ def test_chunks_of_the_loss_do_not_matter(rows):
     for a, b in zip(torch.autograd.grad(loss, [hidden, model.lm_head.weight]), grads):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert abs(loss - want) < 1e-5 * want
+    assert [call["options"].batch_chunk_size for call in chunked] == ([rows] if chunks else [])
     nothing = token_loss(model, hidden, torch.full_like(labels, IGNORE), rows)
     assert nothing == 0
     assert not any(grad.any() for grad in torch.autograd.grad(nothing, [hidden]))
