@@ -152,7 +152,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "nvlm train RECIPE [--set KEY=VALUE ...] [--resume]\n       nvlm train micro --variant V --out DIR"
+    parser.usage = (
+        "nvlm train RECIPE [--set KEY=VALUE ...] [--resume]\n       nvlm train micro --variant V --out DIR [--resume]"
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, pretrain-d, -x, -h, sft-d, -x, -h, or micro")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe; may be repeated"
@@ -164,8 +166,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
     micro.add_argument("--variant", choices=("d", "x", "h"))
     micro.add_argument("--seed", type=int, help="(default: 0)")
     micro.add_argument("--out", help="folder for the checkpoint")
-    micro.add_argument("--work", help="folder for the tower and features the variants share (default: work)")
-    micro.add_argument("--steps", type=int, help="of the decoder")
+    micro.add_argument("--work", help="folder for the tower and documents the variants share (default: work)")
+    micro.add_argument("--steps", type=int, help="of the decoder, both stages together")
     micro.add_argument("--tower-steps", type=int, help="of the vision tower")
     micro.add_argument("--documents", type=int, help="number of training pictures")
 

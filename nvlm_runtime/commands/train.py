@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nvlm_runtime.micro.train import Recipe as MicroRecipe
-from nvlm_runtime.micro.train import train_micro
+from nvlm_runtime.micro.train import Sizes, train_micro
 from nvlm_runtime.training.plot import check_matplotlib, draw_metrics
 from nvlm_runtime.training.recipe import Recipe, read_recipe
 from nvlm_runtime.training.trainer import METRICS, Step, Trainer
@@ -50,11 +48,17 @@ MICRO_OPTIONS = ("variant", "seed", "out", "work", "steps", "tower_steps", "docu
 def _micro(args: argparse.Namespace) -> int:
     if args.variant is None or args.out is None:
         raise ValueError("train micro needs --variant and --out")
+    if args.set:
+        raise ValueError("--set changes a recipe; `nvlm train micro` takes --steps, --tower-steps and --documents")
     given = {"steps": args.steps, "tower_steps": args.tower_steps, "num_documents": args.documents}
-    recipe = replace(MicroRecipe(), **{name: value for name, value in given.items() if value is not None})
+    sizes = Sizes(**{name: value for name, value in given.items() if value is not None})
     out, work = Path(args.out), Path(args.work or "work")
-    train_micro(args.variant, args.seed or 0, out, work, recipe, lambda line: print(line, flush=True))
-    return 0
+    code = train_micro(
+        args.variant, args.seed or 0, out, work, sizes, args.resume, lambda line: print(line, flush=True)
+    )
+    if code:
+        print("nvlm: stopped; --resume goes on from there", file=sys.stderr)
+    return code
 
 
 def _bar(console: Console, recipe: Recipe, done: int) -> Progress:

@@ -1,45 +1,46 @@
-"""Trains a micro NVLM: the shared tower once, its features once, then the projector and decoder of one variant.
+"""A micro NVLM from seeds: a shared tower and shared documents, then the paper's two stages by the trainer.
 
-Everything is drawn from seeds. A work folder holds what the variants share, under names that say what it was made
-from, and is reused.
+Everything is drawn from seeds. A work folder holds what the variants share, under names that say what it was made from,
+and is reused. Pretraining reads short documents and transcribes them, fine-tuning answers questions about all; in both
+the tower is frozen, and the decoder, which begins at random, learns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_runtime.micro.dataset import IGNORE, Batch, batches, documents_hash, write_features
-from nvlm_runtime.micro.questions import KINDS
+from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
+from nvlm_runtime.micro.dataset import documents_hash, write_dataset
+from nvlm_runtime.micro.document import SIDE
 from nvlm_runtime.micro.tower import DenseHeads, pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
-from nvlm_runtime.weights import save
+from nvlm_runtime.tokenizer import Tokenizer
+from nvlm_runtime.training.checkpoint import checkpoints
+from nvlm_runtime.training.recipe import Blend, Recipe
+from nvlm_runtime.training.trainer import Step, Trainer
+from nvlm_runtime.weights import load, save
 
 Log = Callable[[str], None]
+PRETRAINING = 0.25  # of the steps
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Sizes of a training run.
+class Sizes:
+    """Of a run. steps: of the decoder, both stages together. rows: of 1,024 tokens, a step."""
 
-    batch: documents a step; num_questions: the most asked of one document at a time; num_short: steps on documents of
-    two or three tiles, which come first; num_transcribed: steps whose conversations end with a transcription.
-    """
-
-    steps: int = 5500
+    steps: int = 6000
     tower_steps: int = 3000
     num_documents: int = 20000
-    batch: int = 16
-    num_questions: int = 8
-    num_short: int = 600
-    num_transcribed: int = 2000
-    lr: float = 2e-3
+    rows: int = 4
+
+    def __post_init__(self):
+        if min(self.tower_steps, self.num_documents, self.rows) < 1 or self.steps < 2:
+            raise ValueError(f"a micro model takes two steps or more, and one at least of everything else, got {self}")
 
 
 def init_weights(model: NVLMModel) -> None:
@@ -70,8 +71,15 @@ def shared_tower(model: NVLMModel, work: Path, seed: int, steps: int, log: Log) 
     heads = DenseHeads(MICRO_VISION.hidden_size)
     heads.load_state_dict(state["heads"])
     model.vision_model.load_state_dict(state["tower"])
-    model.vision_model.eval().requires_grad_(False)
     return heads
+
+
+def shared_documents(work: Path, seed: int, num_documents: int, log: Log) -> Path:
+    """The work folder's documents, drawn first where there are none."""
+    folder = work / f"documents-{seed}-{num_documents}-{documents_hash(seed)}"
+    if not folder.exists():
+        write_dataset(folder, seed, num_documents, log)
+    return folder
 
 
 @torch.no_grad()
@@ -92,82 +100,89 @@ def init_projector(model: NVLMModel, heads: DenseHeads, features: Tensor) -> Non
     last.weight *= model.language_model.embed_tokens.weight.std() / model.project(features).std()
 
 
-class Score:
-    """Exact answers a question kind over the last fifty batches or so, by teacher forcing.
-
-    Greedy decoding gives the answer if and only if every argmax is right.
-    """
-
-    def __init__(self):
-        self.right = dict.fromkeys((*KINDS, "page"), 0.0)
-        self.asked = dict.fromkeys((*KINDS, "page"), 1e-9)
-
-    def add(self, batch: Batch, correct: torch.Tensor) -> None:
-        for kind in self.asked:
-            self.right[kind] *= 0.98
-            self.asked[kind] *= 0.98
-        for row, kinds in enumerate(batch.kinds):
-            for kind, first, end in kinds:
-                self.right[kind] += bool(correct[row, first:end].all())
-                self.asked[kind] += 1
-
-    def __str__(self) -> str:
-        return " ".join(f"{kind} {self.right[kind] / self.asked[kind]:.2f}" for kind in self.asked)
+def _first_tiles(documents: Path, num: int = 50) -> Tensor:
+    """Tiles [N, 3, SIDE, SIDE] of the first `num` pictures."""
+    pictures = (open_image(path) for path in sorted(documents.glob("pictures/*/*.png"))[:num])
+    return torch.cat([tile_pixels(picture, plan_tiles(*picture.size, SIDE)) for picture in pictures])
 
 
-def train_micro(variant: str, seed: int, out: Path, work: Path, recipe: Recipe, log: Log) -> None:
-    """Trains a micro model of a variant ("d", "x" or "h") and writes its checkpoint to `out`, weights in bfloat16."""
+def write_beginning(variant: str, seed: int, folder: Path, documents: Path, work: Path, steps: int, log: Log) -> None:
+    """The model before its first step, as a checkpoint in `folder`."""
     config = PRESETS[f"micro-{variant}"]
-    work.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
+    heads = shared_tower(model, work, seed, steps, log)
+    torch.manual_seed(seed)  # after the tower, which may be made or found
     init_weights(model)
-    heads = shared_tower(model, work, seed, recipe.tower_steps, log)
-    documents = f"{seed}-{recipe.tower_steps}-{recipe.num_documents}-{documents_hash(seed)}"
-    features = work / f"features-{documents}.npy"
-    if not features.exists():
-        write_features(model, features, seed, recipe.num_documents, log)
-    init_projector(model, heads, torch.from_numpy(np.load(features, mmap_mode="r")[:256].astype(np.float32)))
-    stream = batches(
-        config,
-        tokenizer,
-        features,
-        seed,
-        recipe.num_documents,
-        recipe.batch,
-        recipe.num_questions,
-        recipe.num_short,
-        recipe.num_transcribed,
-    )
-    train_decoder(model, stream, recipe, log)
-    save(model, out, dtype=torch.bfloat16, run_dtype=torch.float32)
-    tokenizer.save(out)
-
-
-def train_decoder(model: NVLMModel, stream: Iterator[Batch], recipe: Recipe, log: Log) -> None:
-    """AdamW, linear decay after a warm-up, on everything but the tower; leaves the model in eval mode."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.05},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
-    score = Score()
-    for step, data in zip(range(recipe.steps), stream):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min((step + 1) / 200, 1 - step / recipe.steps)
-        hidden = model(data.input_ids, data.layouts, data.features)
-        answers = data.labels != IGNORE
-        logits, labels = model.language_model.logits(hidden[answers]), data.labels[answers]
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        correct = answers.clone()
-        correct[answers] = logits.argmax(-1) == labels
-        score.add(data, correct)
-        if step % 25 == 0 or step == recipe.steps - 1:
-            log(f"step {step}/{recipe.steps} loss {loss.item():.3f} {score}")
     model.eval()
+    with torch.inference_mode():
+        features = model.encode(_first_tiles(documents))
+    init_projector(model, heads, features.clone())
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    save(model, folder)
+
+
+def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents: Path, sizes: Sizes) -> Recipe:
+    """The recipe of a stage, "pretraining" or "fine-tuning"."""
+    is_first = name == "pretraining"
+    first = max(1, round(PRETRAINING * sizes.steps))
+    steps = first if is_first else sizes.steps - first
+    weights = {"short": 0.5, "transcribed": 0.5} if is_first else {"transcribed": 0.25, "asked": 0.75}
+    return Recipe(
+        model=str(model),
+        out=str(out),
+        data=tuple(Blend(task, str(documents / f"{task}.jsonl"), weight=weight) for task, weight in weights.items()),
+        variant=variant,
+        train=("projector", "decoder") if variant == "d" else ("projector", "cross", "decoder"),
+        steps=steps,
+        lr=2e-3,
+        lr_min=1e-3 if is_first else 0.0,
+        warmup=min(200 if is_first else 50, steps - 1),
+        rows=sizes.rows,
+        shuffled_tiles=0.5,
+        seed=seed,
+        checkpoint_every=250,
+        keep=1,
+        log_every=25,
+        plot=False,
+    )
+
+
+def train_micro(variant: str, seed: int, out: Path, work: Path, sizes: Sizes, resume: bool, log: Log) -> int:
+    """Trains a micro model of a variant ("d", "x" or "h") and writes its checkpoint to `out`, weights in bfloat16.
+
+    The stages are folders of `out`; resume goes on with the first that is not done. Returns what `Trainer.run` does.
+    Raises ValueError where `out` holds a run and resume is not asked for.
+    """
+    folders = {name: out / name for name in ("beginning", "pretraining", "fine-tuning")}
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise ValueError(f"{out} is there already and not empty: --resume goes on with it, or name another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    documents = shared_documents(work, seed, sizes.num_documents, log)
+    if not (folders["beginning"] / "config.json").is_file():
+        write_beginning(variant, seed, folders["beginning"], documents, work, sizes.tower_steps, log)
+    model = folders["beginning"]
+    for name in ("pretraining", "fine-tuning"):
+        folder = folders[name]
+        if not (folder / "config.json").is_file():
+            recipe = stage(name, variant, seed, model, folder, documents, sizes)
+            trainer = Trainer(recipe, resume=bool(checkpoints(folder / "checkpoints")), log=log)
+            if code := trainer.run(_teller(name, recipe, log)):
+                return code
+        model = folder
+    _finish(model, out)
+    return 0
+
+
+def _teller(name: str, recipe: Recipe, log: Log) -> Callable[[Step], None]:
+    def tell(step: Step) -> None:
+        if step.step % recipe.log_every == 0 or step.step == recipe.steps:
+            log(f"{name}: step {step.step}/{recipe.steps} loss {step.loss:.3f} {step.seconds:.2f} s")
+
+    return tell
+
+
+def _finish(trained: Path, out: Path) -> None:
+    model, _ = load(trained)
+    Tokenizer.load(trained).save(out)
+    save(model, out, dtype=torch.bfloat16, run_dtype=torch.float32)

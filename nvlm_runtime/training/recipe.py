@@ -34,8 +34,10 @@ class Recipe:
 
     lora: parts that learn by adapters beside their weights, or linears of them, as `lora.add_lora` takes them.
     rows: of a micro-batch, each of `seq_len` tokens; accumulate: micro-batches a step. max_tiles: of a picture, the
-    model's own where None. text_share: of the documents that are of text_only datasets, whatever their weights; None
-    leaves the weights as they are. lr falls from its peak to lr_min on a cosine, after `warmup` steps.
+    model's own where None. shuffled_tiles: the share of NVLM-X's documents whose tiles stand in another order among the
+    image keys, every tag still seeing its own (`shuffle`). text_share: of the documents that are of text_only datasets,
+    whatever their weights; None leaves the weights as they are. lr falls from its peak to lr_min on a cosine, after
+    `warmup` steps.
     decay_norms_and_gates: whether weight decay pulls on norms, biases and gates too. precision: bfloat16 keeps fp32
     masters of what learns. recompute: activations of decoder layers are made again on the way back. loss_rows: learnt
     tokens whose logits exist at a time. checkpoint_every, log_every: steps. keep: checkpoints that stay.
@@ -64,6 +66,7 @@ class Recipe:
     seq_len: int = 1024
     packed: bool = True
     max_tiles: int | None = None
+    shuffled_tiles: float = 0.0
     style: str = "hf"
     text_share: float | None = None
     skip_bad: bool = False
@@ -84,6 +87,8 @@ class Recipe:
                 raise ValueError(f"recipe: {name} must be at least {low}, got {getattr(self, name)}")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise ValueError(f"recipe: max_tiles must be at least 1, got {self.max_tiles}")
+        if not 0 <= self.shuffled_tiles <= 1:
+            raise ValueError(f"recipe: shuffled_tiles must be from 0 to 1, got {self.shuffled_tiles}")
         if not 0 <= self.lr_min <= self.lr or not self.lr > 0:
             raise ValueError(f"recipe: 0 <= lr_min <= lr and lr > 0 are expected, got {self.lr_min} and {self.lr}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):

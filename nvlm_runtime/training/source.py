@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Full, Queue
 from typing import Any
 
@@ -22,6 +22,7 @@ from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.documents import Document, Log, make_document
 from nvlm_runtime.training.packing import Packed, fill_rows, pack
 from nvlm_runtime.training.rows import BadRow, JsonLines
+from nvlm_runtime.training.shuffle import shuffle_tiles
 
 AHEAD = 2  # batches that wait for the step
 THREADS = 2  # that cut tiles; one more makes batches of them
@@ -39,7 +40,8 @@ class Dataset:
 class Source:
     """Batches for ever: `next(source)`. `close` ends its threads.
 
-    rows: a batch; seq_len: tokens of a row. packed: several documents a row, or one. window: documents that are packed
+    rows: a batch; seq_len: tokens of a row. packed: several documents a row, or one. shuffled_tiles: the share of
+    documents that `shuffle_tiles` changes. window: documents that are packed
     together. skip_bad: a row that cannot be learnt from is told to `log` and counted in `num_bad`; otherwise it ends
     the stream with BadRow. state: of `state()`, to go on from there. waited: seconds that `next` had to wait.
     Raises ValueError for weights that are not positive and where no row of a whole window can be learnt from.
@@ -56,6 +58,7 @@ class Source:
         seed: int = 0,
         style: str = "hf",
         packed: bool = True,
+        shuffled_tiles: float = 0.0,
         window: int = 128,
         skip_bad: bool = False,
         log: Log = lambda line: None,
@@ -66,6 +69,7 @@ class Source:
         self.datasets, self.tokenizer, self.config = datasets, tokenizer, config
         self.rows, self.seq_len, self.seed, self.style = rows, seq_len, seed, style
         self.packed, self.window, self.skip_bad, self.log = packed, window, skip_bad, log
+        self.shuffled_tiles = shuffled_tiles
         self.waited = 0.0
         self._state = state or {"window": 0, "given": 0, "read": [0] * len(datasets), "num_bad": 0}
         if len(self._state["read"]) != len(datasets):
@@ -152,7 +156,7 @@ class Source:
 
     def _documents(self, number: int, read: list[int]) -> tuple[list[Document], int]:
         """A window's documents, and how many rows were bad. read: rows taken of each dataset, which are counted on."""
-        chooser = random.Random(f"blend {self.seed} {number}")
+        chooser, shuffler = (random.Random(f"{what} {self.seed} {number}") for what in ("blend", "tiles"))
         weights = [dataset.weight for dataset in self.datasets]
         found, bad = [], 0
         for index in chooser.choices(range(len(self.datasets)), weights, k=self.window):
@@ -161,9 +165,12 @@ class Source:
             read[index] += 1
             try:
                 row = dataset.rows[self._order(index, epoch)[place]]
-                found.append(
-                    make_document(row, self.tokenizer, self.config, self.seq_len, self.style, dataset.task, self.log)
+                document = make_document(
+                    row, self.tokenizer, self.config, self.seq_len, self.style, dataset.task, self.log
                 )
+                if shuffler.random() < self.shuffled_tiles:
+                    document = replace(document, layout=shuffle_tiles(self.config, document.layout, shuffler))
+                found.append(document)
             except BadRow as error:
                 if not self.skip_bad:
                     raise

@@ -123,6 +123,7 @@ class Trainer:
             seed=recipe.seed,
             style=recipe.style,
             packed=recipe.packed,
+            shuffled_tiles=recipe.shuffled_tiles,
             skip_bad=recipe.skip_bad,
             log=log,
             state=state,
@@ -266,8 +267,8 @@ class Trainer:
             save_lora(self.model, self.out / "adapter", base=self.recipe.model)
             merge_lora(self.model)
         self.model.eval()
+        self.tokenizer.save(self.out)  # the model last: its config.json says that all is there
         save(self.model, self.out, run_dtype=getattr(torch, self.values.get("torch_dtype", self.recipe.precision)))
-        self.tokenizer.save(self.out)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -1,19 +1,23 @@
 """The micro models on the kernels: the answers of the reference path, and its gradients."""
 
 import copy
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from nvlm_kernels import _backend
 from nvlm_kernels._backend import INTERPRET
 from nvlm_runtime import NVLM
-from nvlm_runtime.image import tile_pixels
-from nvlm_runtime.micro.dataset import IGNORE, make_sample, plan_of
+from nvlm_runtime.micro.dataset import row
 from nvlm_runtime.micro.document import draw, make_document
 from nvlm_runtime.micro.questions import questions
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.training import documents
+from nvlm_runtime.training.loss import token_loss
+from nvlm_runtime.training.packing import Packed, pack
+from nvlm_runtime.training.rows import JsonLines
 from tests.conftest import CUDA
 
 pytestmark = pytest.mark.skipif(not (INTERPRET or CUDA), reason="no Triton here: both paths would be the reference")
@@ -40,29 +44,39 @@ def test_same_greedy_answer(variant, monkeypatch, memory, device):
     assert memory is None or len(memory.launches) > 100, "the answer came from the kernels"
 
 
-def gradients(model: NVLMModel, tokenizer) -> dict[str, torch.Tensor]:
+def batch_of(engine: NVLM, folder: Path) -> Packed:
+    """The document and its question twice in a row of tokens, as training packs them."""
+    draw(DOCUMENT).save(folder / "page.png")
+    (folder / "rows.jsonl").write_text(row("page.png", [QUESTION]))
+    read = JsonLines(folder / "rows.jsonl")[0]
+    document = documents.make_document(read, engine.tokenizer, engine.config, 1024, "hf", "pages", print)
+    tiles: Future[torch.Tensor] = Future()
+    tiles.set_result(document.pixel_values())
+    return pack([[(document, tiles), (document, tiles)]], engine.config)
+
+
+def gradients(model: NVLMModel, batch: Packed) -> dict[str, torch.Tensor]:
     """Of one training step on all parameters, tower included."""
-    sample = make_sample(model.config, tokenizer, DOCUMENT, [QUESTION], slice(0))
     weight = next(model.parameters())
-    pixels = tile_pixels(draw(DOCUMENT), plan_of(DOCUMENT)).to(weight)
-    ids, labels = (torch.tensor([t], device=weight.device) for t in (sample.input_ids, sample.labels))
-    hidden = model(ids, [sample.layout], [model.encode(pixels)])
-    loss = F.cross_entropy(model.language_model.logits(hidden[0]), labels[0], ignore_index=IGNORE)
+    features = [model.encode(tiles.to(weight)) for tiles in batch.pixel_values]
+    hidden = model(batch.input_ids.to(weight.device), batch.layouts, features, batch.documents)
+    loss = token_loss(model.language_model, hidden, batch.labels.to(weight.device), None)
     names, parameters = zip(*model.named_parameters())
     return dict(zip(names, torch.autograd.grad(loss, parameters)))
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
-def test_same_gradients(variant, monkeypatch, memory, device):
+def test_same_gradients(variant, monkeypatch, memory, device, tmp_path):
     """Against fp64, at most twice the reference path's error in norm, and the rounding of a sum of 2^15 terms: a gate's
     gradient is one number, where the error of either path is luck.
     """
     engine = NVLM.load(f"micro-{variant}", device=device)
     model, wide = engine.model, copy.deepcopy(engine.model).double()
-    true = on_reference(monkeypatch, lambda: gradients(wide, engine.tokenizer))
-    eager = on_reference(monkeypatch, lambda: gradients(model, engine.tokenizer))
+    batch = batch_of(engine, tmp_path)
+    true = on_reference(monkeypatch, lambda: gradients(wide, batch))
+    eager = on_reference(monkeypatch, lambda: gradients(model, batch))
     before = len(memory.launches) if memory else 0
-    ours = gradients(model, engine.tokenizer)
+    ours = gradients(model, batch)
     assert memory is None or len(memory.launches) - before > 100
     for name, exact in true.items():
         size = exact.norm() + 1e-3 * exact.numel() ** 0.5

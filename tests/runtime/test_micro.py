@@ -1,24 +1,31 @@
 """The micro models' documents, questions and training; and that the shipped models read what was never trained on."""
 
-import random
+import json
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.image import plan_tiles
-from nvlm_runtime.micro.dataset import IGNORE, batches, document_at, make_sample, plan_of, shuffle_keys, write_features
+from nvlm_runtime.micro.dataset import FILES, QUESTIONS, document_at, write_dataset
 from nvlm_runtime.micro.document import CHARS, COLOURS, GRIDS, SIDE, draw, make_document
 from nvlm_runtime.micro.evaluate import evaluate, open_tag_mask
-from nvlm_runtime.micro.questions import KINDS, questions
+from nvlm_runtime.micro.questions import KINDS, questions, transcription
 from nvlm_runtime.micro.tower import IGNORE as NO_TARGET
 from nvlm_runtime.micro.tower import TARGETS, dense_target, document_tiles
-from nvlm_runtime.micro.train import Recipe, init_weights, train_decoder, train_micro
+from nvlm_runtime.micro.train import Sizes, train_micro
 from nvlm_runtime.micro.vocabulary import make_tokenizer
-from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import PRESETS
-from nvlm_runtime.prompt import build_prompt
+from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.trainer import Trainer
+
+
+def quiet(line: str) -> None:
+    pass
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -79,74 +86,90 @@ def test_vocabulary_spells_what_documents_print():
     assert len(tokenizer.encode("<tile_1>")) == len(tokenizer.encode("<tile_6>"))
 
 
-@pytest.mark.parametrize("variant", ["d", "x", "h"])
-def test_samples_are_the_prompt_of_the_conversation(variant):
-    config, tokenizer = PRESETS[f"micro-{variant}"], make_tokenizer(512)
-    document = document_at(0, 1)
-    chosen = questions(document)[:3]
-    sample = make_sample(config, tokenizer, document, chosen, slice(0, 1))
-    messages = []
-    for question in chosen:
-        messages += [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
-    whole = build_prompt(tokenizer, config, messages, [plan_of(document)], generation=False)
-    assert [*sample.input_ids, tokenizer.special("<|im_end|>")] == list(whole.input_ids)
-    assert len(sample.labels) == len(sample.input_ids) == len(sample.layout.intervals)
-    answers = [label for label in sample.labels if label != IGNORE]
-    want = []
-    for question in chosen:
-        want += [*tokenizer.encode(question.answer), tokenizer.special("<|im_end|>")]
-    assert answers == want
-    shifted = [
-        label for label, token in zip(sample.labels, [*sample.input_ids[1:], want[-1]]) if label not in (IGNORE, token)
-    ]
-    assert not shifted, "a label is the next token"
+def test_rows_are_conversations_about_their_pictures(tmp_path):
+    """What is asked in a file is what the document of that picture answers; the same seed gives the same files."""
+    write_dataset(tmp_path / "data", 3, 12, lambda line: None)
+    files = {name: JsonLines(tmp_path / "data" / f"{name}.jsonl") for name in FILES}
+    assert [len(files[name]) for name in ("transcribed", "asked")] == [48, 48]
+    seen = set()
+    for name, rows in files.items():
+        for i in range(len(rows)):
+            (picture,) = rows[i].images
+            document = document_at(3, int(picture.stem))
+            assert Image.open(picture).tobytes() == draw(document).tobytes()
+            first, *others = (message["content"] for message in rows[i].messages)
+            assert first.startswith("<image>\n")
+            said = [first.removeprefix("<image>\n"), *others]
+            pairs = list(zip(said[::2], said[1::2], strict=True))
+            if name != "asked":
+                page = pairs.pop()
+                assert page == ("Read the picture.", transcription(document).answer)
+            assert 1 <= len(pairs) <= QUESTIONS and len(set(pairs)) == len(pairs)
+            assert set(pairs) <= {(question.text, question.answer) for question in questions(document)}
+            assert name != "short" or len(document.tiles) in (2, 3)
+            seen.add((name, len(document.tiles)))
+    assert len(seen) > 6
+    write_dataset(tmp_path / "again", 3, 12, lambda line: None)
+    for name in FILES:
+        assert (tmp_path / "again" / f"{name}.jsonl").read_bytes() == files[name].path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "data"], "whole files, no partial ones"
 
 
-def test_shuffled_keys_leave_every_tag_its_own_tile():
-    config, tokenizer = PRESETS["micro-x"], make_tokenizer(512)
-    document = make_document("shuffle", (3, 2))
-    sample = make_sample(config, tokenizer, document, questions(document)[:1], slice(0, 1))
-    before, size = sample.layout, config.tokens_per_tile
-    after = shuffle_keys(config, before, random.Random(1))
-    pieces, shuffled = before.images[0].cross, after.images[0].cross
-    assert shuffled != pieces and sorted(shuffled) == sorted(pieces)
-    for old, new in zip(before.intervals.tolist(), after.intervals.tolist()):
-        if old[1] - old[0] == size:
-            assert shuffled[new[0] // size] == pieces[old[0] // size] and new[1] - new[0] == size
-        else:
-            assert new == old
-    assert any(old[1] - old[0] == size for old in before.intervals.tolist())
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("micro") / "work"
 
 
-@pytest.mark.parametrize("variant, grid", [("d", (3, 2)), ("h", (3, 2)), ("x", (1, 1))])
-def test_nothing_else_is_shuffled(variant, grid):
-    config, tokenizer = PRESETS[f"micro-{variant}"], make_tokenizer(512)
-    document = make_document("shuffle:1", grid)
-    layout = make_sample(config, tokenizer, document, questions(document)[:1], slice(0, 1)).layout
-    assert shuffle_keys(config, layout, random.Random(1)) is layout
+SMALL = Sizes(steps=8, tower_steps=1, num_documents=12, rows=1)
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
-def test_training_lowers_the_loss(variant, tmp_path):
-    torch.manual_seed(0)
-    model = NVLMModel(PRESETS[f"micro-{variant}"])
-    init_weights(model)
-    model.vision_model.requires_grad_(False)
-    write_features(model, tmp_path / "features.npy", 0, 16, lambda line: None)
-    stream = batches(model.config, make_tokenizer(512), tmp_path / "features.npy", 0, 16, 2, 2, 0, 0)
-    lines: list[str] = []
-    train_decoder(model, stream, Recipe(steps=26), lines.append)
-    first, last = (float(line.split("loss ")[1].split()[0]) for line in lines)
-    assert last < 0.8 * first
+def test_a_micro_model_is_trained_and_a_stopped_run_goes_on(variant, work, tmp_path, monkeypatch):
+    """Stopped in its second stage and gone on with, the bits are those of a run that was not stopped."""
+    assert train_micro(variant, 0, tmp_path / "whole", work, SMALL, False, quiet) == 0
+    model = NVLM.load(tmp_path / "whole")
+    assert model.config == PRESETS[f"micro-{variant}"] and model.dtype == torch.float32
+    assert sorted(path.name.split("-")[0] for path in work.iterdir()) == ["documents", "tower"]
+    made = sorted((path, path.stat().st_mtime_ns) for path in work.iterdir())
+    original, steps = Trainer.step, []
+
+    def step(self):
+        steps.append(self.out.name)
+        if len(steps) == 5:
+            self._signal = signal.SIGTERM
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train_micro(variant, 0, tmp_path / "parts", work, SMALL, False, quiet) == 128 + signal.SIGTERM
+    assert steps == ["pretraining"] * 2 + ["fine-tuning"] * 3
+    with pytest.raises(ValueError, match="not empty: --resume"):
+        train_micro(variant, 0, tmp_path / "parts", work, SMALL, False, quiet)
+    assert train_micro(variant, 0, tmp_path / "parts", work, SMALL, True, quiet) == 0
+    assert steps == ["pretraining"] * 2 + ["fine-tuning"] * 6
+    assert made == sorted((path, path.stat().st_mtime_ns) for path in work.iterdir()), "made once"
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    vision = [name for name in whole if name.startswith("vision_model.")]
+    before = load_file(tmp_path / "parts" / "beginning" / "model.safetensors")
+    assert all(torch.equal(whole[name], before[name].bfloat16()) for name in vision), "the tower is frozen"
 
 
-def test_train_micro_makes_a_checkpoint_that_loads(tmp_path):
-    recipe = Recipe(steps=1, tower_steps=1, num_documents=64, batch=2, num_questions=1)
-    train_micro("h", 0, tmp_path / "out", tmp_path / "work", replace(recipe, batch=1), lambda line: None)
-    model = NVLM.load(tmp_path / "out")
-    assert model.config == PRESETS["micro-h"] and model.dtype == torch.float32
-    made = sorted(path.name.split("-")[0] for path in (tmp_path / "work").iterdir())
-    assert made == ["features", "tower"], "whole files, no partial ones"
+def test_both_stages_lower_the_loss(work, tmp_path):
+    """On 12 documents, by a tenth at least in each; the second begins about where the first ended."""
+    sizes = replace(SMALL, steps=120)
+    assert train_micro("x", 0, tmp_path / "out", work, sizes, False, quiet) == 0
+    ends = []
+    for name in ("pretraining", "fine-tuning"):
+        lines = (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss"] for line in lines]
+        ends.append((sum(losses[:5]) / 5, sum(losses[-5:]) / 5))
+    assert ends[0][1] < 0.9 * ends[0][0] and ends[1][1] < 0.9 * ends[1][0], ends
+
+
+@pytest.mark.parametrize("given", [{"steps": 1}, {"tower_steps": 0}, {"num_documents": 0}])
+def test_sizes_that_train_nothing(given):
+    with pytest.raises(ValueError, match="two steps or more"):
+        replace(Sizes(), **given)
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
