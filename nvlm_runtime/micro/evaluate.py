@@ -1,5 +1,6 @@
 """How many answers about rendered documents of a fresh seed are exactly right."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +16,16 @@ from nvlm_runtime.sampling import GenerationParams
 BATCH = 25
 
 
-def _samples(seed: int, samples: int) -> list[tuple[Any, Any]]:
+def _samples(seed: int, samples: int, grids: Sequence[tuple[int, int]]) -> list[tuple[Any, Any]]:
     """(document, question) pairs: every grid in turn, one question a document, of a kind in turn where it has it."""
     found, index = [], 0
     while len(found) < samples:
-        document = make_document(f"eval:{seed}:{index}", GRIDS[index % len(GRIDS)])
+        document = make_document(f"eval:{seed}:{index}", grids[index % len(grids)])
         asked = questions(document)
         index += 1
         if asked:
             kinds = sorted({question.kind for question in asked})
-            kind = kinds[index // len(GRIDS) % len(kinds)]
+            kind = kinds[index // len(grids) % len(kinds)]
             of_kind = [question for question in asked if question.kind == kind]
             found.append((document, of_kind[index % len(of_kind)]))
     return found
@@ -50,18 +51,25 @@ def _blank(prepared: Prepared) -> Prepared:
 
 
 def evaluate(
-    model: NVLM, seed: int, samples: int, *, open_mask: bool = False, blank_tiles: bool = False
+    model: NVLM,
+    seed: int,
+    samples: int,
+    *,
+    open_mask: bool = False,
+    blank_tiles: bool = False,
+    grids: Sequence[tuple[int, int]] = GRIDS,
 ) -> dict[str, Any]:
     """Exact greedy answers: {"accuracy", "samples", "seed", "by_kind": {kind: share}, "kinds": {kind: [asked, right]}}.
 
     open_mask: NVLM-X with its tile-tag mask opened. blank_tiles: only the thumbnail can be read; documents of one
-    tile, which are their own thumbnail, keep it. Raises ValueError for fewer than one sample.
+    tile, which are their own thumbnail, keep it. grids: columns and rows of tiles, in turn. Raises ValueError for fewer
+    than one sample.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if open_mask and model.config.routing.tags != "decoder" or open_mask and not model.config.cross:
         raise ValueError("only NVLM-X has a tile-tag mask to open")
-    pairs = _samples(seed, samples)
+    pairs = _samples(seed, samples, grids)
     kinds: dict[str, list[int]] = {}
     for first in range(0, samples, BATCH):
         batch = pairs[first : first + BATCH]

@@ -5,13 +5,15 @@ and is reused. Pretraining reads short documents and transcribes them, fine-tuni
 the tower is frozen, and the decoder, which begins at random, learns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
 from nvlm_runtime.micro.dataset import documents_hash, write_dataset
 from nvlm_runtime.micro.document import SIDE
@@ -59,19 +61,15 @@ def init_weights(model: NVLMModel) -> None:
             nn.init.ones_(parameter)
 
 
-def shared_tower(model: NVLMModel, work: Path, seed: int, steps: int, log: Log) -> DenseHeads:
-    """Loads the work folder's tower into the model, pretraining it first where there is none. Returns its heads."""
+def shared_tower(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
+    """The weights of the work folder's tower and of the heads that read it, pretrained first where there are none."""
     path = work / f"tower-{seed}-{steps}-{documents_hash(seed)}.pt"
     if not path.exists():
         partial = path.with_suffix(".partial")
         tower, heads = pretrain(MICRO_VISION, seed, log, steps)
         torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, partial)
         partial.rename(path)
-    state = torch.load(path, weights_only=True)
-    heads = DenseHeads(MICRO_VISION.hidden_size)
-    heads.load_state_dict(state["heads"])
-    model.vision_model.load_state_dict(state["tower"])
-    return heads
+    return torch.load(path, weights_only=True)
 
 
 def shared_documents(work: Path, seed: int, num_documents: int, log: Log) -> Path:
@@ -106,13 +104,16 @@ def _first_tiles(documents: Path, num: int = 50) -> Tensor:
     return torch.cat([tile_pixels(picture, plan_tiles(*picture.size, SIDE)) for picture in pictures])
 
 
-def write_beginning(variant: str, seed: int, folder: Path, documents: Path, work: Path, steps: int, log: Log) -> None:
-    """The model before its first step, as a checkpoint in `folder`."""
-    config = PRESETS[f"micro-{variant}"]
+def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path, tower: Mapping[str, Any]) -> None:
+    """The model before its first step, as a checkpoint in `folder`. config: of a micro model, its tile tags any.
+    tower: as `shared_tower` gives it.
+    """
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
-    heads = shared_tower(model, work, seed, steps, log)
-    torch.manual_seed(seed)  # after the tower, which may be made or found
+    heads = DenseHeads(MICRO_VISION.hidden_size)
+    heads.load_state_dict(tower["heads"])
+    torch.manual_seed(seed)
     init_weights(model)
+    model.vision_model.load_state_dict(tower["tower"])
     model.eval()
     with torch.inference_mode():
         features = model.encode(_first_tiles(documents))
@@ -160,7 +161,9 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, sizes: Sizes, re
     work.mkdir(parents=True, exist_ok=True)
     documents = shared_documents(work, seed, sizes.num_documents, log)
     if not (folders["beginning"] / "config.json").is_file():
-        write_beginning(variant, seed, folders["beginning"], documents, work, sizes.tower_steps, log)
+        config = PRESETS[f"micro-{variant}"]
+        tower = shared_tower(work, seed, sizes.tower_steps, log)
+        write_beginning(config, seed, folders["beginning"], documents, tower)
     model = folders["beginning"]
     for name in ("pretraining", "fine-tuning"):
         folder = folders[name]
