@@ -21,7 +21,7 @@ from bench.cases import Call, Case
 from bench.cases.case import tensors_in
 from bench.options import chosen, options
 from bench.report import table, write
-from nvlm_runtime.plan import DEVICES
+from nvlm_runtime.devices import DEVICES
 
 # Published peaks: bytes/s of memory, dense bf16 flops/s.
 ROOFS = {device.name: (device.bandwidth, device.flops) for device in DEVICES.values()} | {

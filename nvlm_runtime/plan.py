@@ -4,7 +4,6 @@ Bytes of weights are those of a rank's very parameters, counted on the meta devi
 would allocate; those of activations are the largest that live at once by the layers' shapes, estimates. Times are
 predictions from the roof: the larger of bytes over bandwidth and flops over the peak of dense bf16, collectives left
 out; nothing in them is measured.
-Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM.
 """
 
 import tomllib
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.devices import DEVICES, Device
 from nvlm_runtime.engine import ROUNDING
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Group, VisionSplit, sizes
@@ -24,25 +24,6 @@ from nvlm_runtime.training.trainer import part_of
 CHUNK = 512  # tokens of a prompt that are read at a time
 TAG_TOKENS = 16  # of a tag among NVLM-H's image keys, at most
 RESERVE = 0.08  # of the memory, for the context, kernels and fragments
-
-
-@dataclass(frozen=True)
-class Device:
-    """name: as torch.cuda gives it. memory: bytes. bandwidth: bytes a second. flops: of dense bf16 a second. The last
-    two are None where they are not known.
-    """
-
-    name: str
-    memory: int
-    bandwidth: float | None = None
-    flops: float | None = None
-
-
-DEVICES = {
-    "a100": Device("NVIDIA A100-SXM4-80GB", 80 * 10**9, 2.039e12, 312e12),
-    "h100": Device("NVIDIA H100 80GB HBM3", 80 * 10**9, 3.35e12, 989e12),
-    "h200": Device("NVIDIA H200", 141 * 10**9, 4.8e12, 989e12),
-}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nvlm_runtime.devices import peak_flops
 from nvlm_runtime.micro.train import Sizes, train_micro
 from nvlm_runtime.training.plot import check_matplotlib, draw_metrics
 from nvlm_runtime.training.recipe import Recipe, read_recipe
@@ -28,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
     writer = _tensorboard(recipe)
     console = Console(stderr=True)
     trainer = Trainer(recipe, args.resume, args.device, lambda line: console.print(line, markup=False, highlight=False))
+    peak = peak_flops(trainer.device, getattr(torch, recipe.precision))
     try:
         with _bar(console, recipe, trainer.next_step) as bar:
-            code = trainer.run(_shower(recipe, console, bar, writer))
+            code = trainer.run(_shower(recipe, console, bar, writer, peak))
     finally:
         metrics = Path(recipe.out) / METRICS
         if recipe.plot and metrics.is_file() and metrics.stat().st_size:
@@ -74,19 +76,20 @@ def _bar(console: Console, recipe: Recipe, done: int) -> Progress:
     return bar
 
 
-def _line(step: Step) -> str:
+def _line(step: Step, peak: float) -> str:
     return (
         f"loss {step.loss:.4f}  lr {step.lr:.2e}  norm {step.grad_norm:.2f}  "
         f"{step.tokens / step.seconds:,.0f} tokens/s  "
-        f"{step.documents / step.seconds:.2f} documents/s  waiting {step.waited / step.seconds:.0%}"
+        f"{step.documents / step.seconds:.2f} documents/s  {step.flops / step.seconds / peak:.0%} of peak  "
+        f"waiting {step.waited / step.seconds:.0%}"
     )
 
 
-def _shower(recipe: Recipe, console: Console, bar: Progress, writer: Any) -> Any:
+def _shower(recipe: Recipe, console: Console, bar: Progress, writer: Any, peak: float) -> Any:
     def show(step: Step) -> None:
-        bar.update(bar.task_ids[0], completed=step.step, description=_line(step))
+        bar.update(bar.task_ids[0], completed=step.step, description=_line(step, peak))
         if not console.is_terminal and (step.step % recipe.log_every == 0 or step.step == recipe.steps):
-            print(f"step {step.step}/{recipe.steps}  {_line(step)}", flush=True)
+            print(f"step {step.step}/{recipe.steps}  {_line(step, peak)}", flush=True)
         if writer is not None:
             for name in ("loss", "lr", "grad_norm"):
                 writer.add_scalar(name, getattr(step, name), step.step)

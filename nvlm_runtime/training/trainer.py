@@ -25,6 +25,7 @@ from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from nvlm_runtime.training.documents import IGNORE
+from nvlm_runtime.training.flops import step_flops
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.optimizer import Optimizer
 from nvlm_runtime.training.packing import Packed
@@ -38,8 +39,9 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Step:
-    """What a step was: loss a learnt token, rate, gradient norm before clipping, what it read, and its seconds, some of
-    them `waited` for data. memory: the most the process held so far, bytes of the device on CUDA, resident on a CPU.
+    """What a step was: loss a learnt token, rate, gradient norm before clipping, what it read, flops of the model
+    (`step_flops`), and its seconds, some of them `waited` for data. memory: the most the process held so far, bytes of
+    the device on CUDA, resident on a CPU.
     """
 
     step: int
@@ -50,6 +52,7 @@ class Step:
     tokens: int
     learnt: int
     tiles: int
+    flops: int
     seconds: float
     waited: float
     memory: int
@@ -202,6 +205,7 @@ class Trainer:
             tokens=sum(batch.num_tokens for batch in batches),
             learnt=learnt,
             tiles=sum(len(tiles) for batch in batches for tiles in batch.pixel_values),
+            flops=sum(step_flops(self.model, batch) for batch in batches),
             seconds=time.perf_counter() - began,
             waited=self.source.waited - waited,
             memory=peak_memory(self.device),

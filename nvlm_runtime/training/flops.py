@@ -1,0 +1,67 @@
+"""Flops of a training step, as the field counts them to say what share of a machine's peak a run reaches.
+
+A product counts once on the way forward, once more for its input's gradient and once for its weight's where that
+learns; a frozen tower counts once. Attention is counted over what a token sees. Left out: padding, activations that are
+made again, everything elementwise.
+Source: PaLM (arXiv 2204.02311) appendix B, "model FLOPs utilization".
+"""
+
+from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.training.documents import IGNORE
+from nvlm_runtime.training.packing import Packed
+
+NO_PRODUCT = ("embed_tokens.", "class_embedding", "position_embedding")  # looked up or added
+
+
+def step_flops(model: NVLMModel, batch: Packed) -> int:
+    """Of one micro-batch, forward and backward."""
+    return linear_flops(model, batch) + attention_flops(model, batch)
+
+
+def _tiles(batch: Packed) -> int:
+    return sum(len(tiles) for tiles in batch.pixel_values)
+
+
+def _tower_learns(model: NVLMModel) -> bool:
+    return any(parameter.requires_grad for parameter in model.vision_model.parameters())
+
+
+def linear_flops(model: NVLMModel, batch: Packed) -> int:
+    """Products with weights."""
+    vision, tiles = model.config.vision, _tiles(batch)
+    keys = sum(layout.cross_length for layout in batch.layouts)
+    rows = {  # how many vectors are multiplied with a weight of these names
+        "patch_embedding": tiles * vision.num_patches,
+        "vision_model.": tiles * (vision.num_patches + 1),
+        "mlp1.": tiles * model.config.tokens_per_tile,
+        "cross_attn.k_proj": keys,
+        "cross_attn.v_proj": keys,
+        "lm_head": int((batch.labels != IGNORE).sum()),
+        "": batch.num_tokens,
+    }
+    tower_learns, found = _tower_learns(model), 0
+    parameters = dict(model.named_parameters())
+    if model.config.text.tie_word_embeddings:
+        parameters["lm_head.weight"] = parameters["language_model.embed_tokens.weight"]
+    for name, parameter in parameters.items():
+        if parameter.dim() < 2 or any(part in name for part in NO_PRODUCT):
+            continue
+        num = next(num for part, num in rows.items() if part in name)
+        passes = 2 + parameter.requires_grad
+        if name.startswith("vision_model."):
+            passes = 1 if not tower_learns else passes - ("patch_embedding" in name)  # pixels need no gradient
+        found += 2 * num * parameter.numel() * passes
+    return found
+
+
+def attention_flops(model: NVLMModel, batch: Packed) -> int:
+    """Queries with keys, and weights with values: of the tower, of the decoder's tokens, of what they see of images."""
+    vision, text, cross = model.config.vision, model.config.text, model.config.cross
+    tower = _tiles(batch) * 4 * (vision.num_patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers
+    width = text.num_attention_heads * text.head_dim
+    seen = sum((end - start) * (end - start + 1) // 2 for row in batch.documents for start, end in row)
+    decoder = 4 * seen * width * text.num_hidden_layers
+    if cross is not None:
+        image_keys = sum(int((layout.intervals[:, 1] - layout.intervals[:, 0]).sum()) for layout in batch.layouts)
+        decoder += 4 * image_keys * width * len(cross.layers)
+    return tower * (3 if _tower_learns(model) else 1) + 3 * decoder
