@@ -89,7 +89,7 @@ def recipe_of(model: Path, out: Path, documents: Path, text: Path | None, varian
         steps=args.steps,
         lr=args.lr,
         lr_min=0.0,
-        warmup=max(1, args.steps // 10),
+        warmup=args.steps // 10,
         seq_len=512,
         text_share=None if text is None else ARMS["pictures and text"],
         checkpoint_every=10**6,
