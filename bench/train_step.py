@@ -4,6 +4,7 @@
 document a row, padded to the longest, all logits at once, torch's AdamW): one model, the same documents in every step.
 Conversations of 30 to 1,000 tokens, six in ten about a picture of one to six tiles. `variants`: the trainer on D, X and
 H over one decoder and the same pictures of six tiles and a thumbnail, as the NVLM paper's table 3 compares them.
+`plan`: the three with recomputed activations in four rows of 1,024 tokens, their memory beside what `nvlm plan` says.
 
 Every contestant is a process of its own, so that memory is its own; they take turns in each round. Documents a second,
 and MB resident above what was before the step, at the most; medians with 20th and 80th percentile. A small tower of
@@ -33,6 +34,7 @@ from bench.resident import peak_bytes
 from bench.synthetic import full_tokenizer, random_model
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig, TextConfig
 from nvlm_runtime.micro.document import GRIDS, WORDS
+from nvlm_runtime.plan import Request, find_device, plan_model
 from nvlm_runtime.presets import MICRO_VISION
 from nvlm_runtime.training.documents import IGNORE
 from nvlm_runtime.training.recipe import Blend, Recipe
@@ -40,7 +42,7 @@ from nvlm_runtime.training.source import Source
 from nvlm_runtime.training.trainer import Trainer
 from nvlm_runtime.weights import save
 
-PARTS = ("loop", "variants")
+PARTS = ("loop", "variants", "plan")
 PAPER = {"d": 28.8, "x": 50.6, "h": 36.2}  # samples/s, NVLM paper table 3
 VISION = replace(MICRO_VISION, image_size=128)
 TEXT = TextConfig(
@@ -56,7 +58,7 @@ TEXT = TextConfig(
     max_position_embeddings=4096,
     tie_word_embeddings=False,
 )
-SEQ_LEN = 1024
+SEQ_LEN, PLANNED_ROWS = 1024, 4
 TARGETS = {"documents_per_s": 1.5, "memory_mb": 0.6}  # of the trainer's against the loop's
 
 
@@ -97,8 +99,10 @@ def write_rows(folder: Path, num: int, all_pictures: bool, seed: int = 0) -> Pat
     return path
 
 
-def trainer_of(variant: str, folder: Path, rows: Path, documents: int, packed: bool) -> Trainer:
-    """A trainer whose every step is the next `documents` rows of the file, in one micro-batch."""
+def trainer_of(variant: str, folder: Path, rows: Path, documents: int | None, packed: bool) -> Trainer:
+    """A trainer whose every step is the next `documents` rows of the file, in one micro-batch. None: PLANNED_ROWS full
+    rows of tokens, activations made again.
+    """
     recipe = Recipe(
         model=str(folder),
         out=str(folder / "run"),
@@ -109,10 +113,13 @@ def trainer_of(variant: str, folder: Path, rows: Path, documents: int, packed: b
         lr=1e-4,
         lr_min=0.0,
         warmup=1,
-        rows=documents,
+        rows=documents or PLANNED_ROWS,
         seq_len=SEQ_LEN,
+        recompute=documents is None,
     )
     trainer = Trainer(recipe, log=lambda line: None)
+    if documents is None:
+        return trainer
     old = trainer.source
     old.close()
     trainer.source = Source(
@@ -170,7 +177,9 @@ def with_peak(step: Callable[[], dict[str, float]]) -> dict[str, float | None]:
     return found | {"memory": memory}
 
 
-def serve(pipe: Connection, variant: str, folder: Path, rows: Path, documents: int, packed: bool, threads: int) -> None:
+def serve(
+    pipe: Connection, variant: str, folder: Path, rows: Path, documents: int | None, packed: bool, threads: int
+) -> None:
     """A contestant's process: "step" and "peak" are each answered with a step's figures; anything else ends it."""
     torch.set_num_threads(threads)
     trainer = trainer_of(variant, folder, rows, documents, packed)
@@ -211,14 +220,15 @@ def measure(part: str, rounds: int, documents: int, threads: int, variant: str) 
     peaks: dict[str, list[float]] = {name: [] for name in packed}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = write_rows(folder, 4 * documents, all_pictures=part == "variants")
+        rows = write_rows(folder, 4 * documents, all_pictures=part != "loop")
         contestants = {}
         for name in packed:
             made = variant if part == "loop" else name
             model = folder / name.replace(" ", "-")
             save(random_model(model_config(made), torch.float32), model)
             full_tokenizer(TEXT.vocab_size).save(model)
-            contestants[name] = Contestant(made, model, rows, documents, packed[name], threads)
+            num = None if part == "plan" else documents
+            contestants[name] = Contestant(made, model, rows, num, packed[name], threads)
         for turn in range(1 + rounds + (rounds + 1) // 2):
             for name, contestant in contestants.items():
                 found = contestant.ask("step" if turn <= rounds else "peak")
@@ -228,7 +238,16 @@ def measure(part: str, rounds: int, documents: int, threads: int, variant: str) 
                     peaks[name].append(found["memory"] / 1e6)
         for contestant in contestants.values():
             contestant.end()
-    return [_row(part, name, made, peaks[name]) for name, made in times.items()]
+    found = [_row(part, name, made, peaks[name]) for name, made in times.items()]
+    return [row | {"planned_mb": planned_mb(row["contestant"])} for row in found] if part == "plan" else found
+
+
+def planned_mb(variant: str) -> float:
+    """What `nvlm plan` says a step needs above weights and optimizer."""
+    trains = ("projector", "decoder") if variant == "d" else ("projector", "cross", "decoder")
+    request = Request(PLANNED_ROWS, SEQ_LEN, 7)
+    plan = plan_model(model_config(variant), request, find_device("cpu"), dtype=torch.float32, trains=trains)
+    return sum(count for name, count in plan.bytes.items() if name not in ("weights", "optimizer")) / 1e6
 
 
 def _row(part: str, name: str, steps: list[dict[str, float]], peaks: list[float]) -> dict[str, Any]:
@@ -268,7 +287,17 @@ def show(rows: list[dict[str, Any]]) -> str:
     def spread(values: dict[str, float | None]) -> str:
         return "-" if values["p50"] is None else "{p50:.3g} ({p20:.3g}-{p80:.3g})".format(**values)
 
-    head = ("", "documents/s", "MB a step", "tokens a document", "waiting", "speed", "memory", "paper's speed")
+    head = (
+        "",
+        "documents/s",
+        "MB a step",
+        "tokens a document",
+        "waiting",
+        "speed",
+        "memory",
+        "paper's speed",
+        "planned",
+    )
     found, cells = ratios(rows), []
     for row in rows:
         ratio = found.get(row["contestant"], {})
@@ -280,6 +309,7 @@ def show(rows: list[dict[str, Any]]) -> str:
                 round(row["mean_tokens"]),
                 f"{row['waited']:.1%}",
                 *(f"{ratio[key]:.2f}x" if key in ratio else None for key in (*TARGETS, "paper_documents_per_s")),
+                row.get("planned_mb"),
             ]
         )
     return table(head, cells)
@@ -318,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--documents", type=int, default=16, help="of a step (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
-    made.add_argument("--json", type=Path, help="default: bench/results/train_step.json, where both parts are run")
+    made.add_argument("--json", type=Path, help="default: bench/results/train_step.json, where all parts are run")
     made.add_argument("--png", type=Path, help="the variants' speeds as bars (needs matplotlib)")
     return made
 

@@ -23,6 +23,8 @@ from nvlm_runtime.training.trainer import part_of
 
 CHUNK = 512  # tokens of a prompt that are read at a time
 TAG_TOKENS = 16  # of a tag among NVLM-H's image keys, at most
+QUESTION = 100  # tokens of a question and its answer
+CPU = "this machine"
 RESERVE = 0.08  # of the memory, for the context, kernels and fragments
 
 
@@ -56,7 +58,7 @@ class Plan:
 def find_device(name: str) -> Device:
     """Raises ValueError for a name that is not known; "cpu" is this machine, and its free memory."""
     if name == "cpu":
-        return Device("this machine", free_bytes(torch.device("cpu")))
+        return Device(CPU, free_bytes(torch.device("cpu")))
     if name not in DEVICES:
         raise ValueError(f"unknown device {name!r}: expected cpu or one of {', '.join(DEVICES)}")
     return DEVICES[name]
@@ -92,7 +94,10 @@ def plan_model(
         raise ValueError(f"the context of this model is {config.text.context} tokens, got {request.context}")
     with torch.device("meta"):
         model = NVLMModel(config, Group(0, size), vision_split).to(dtype)
-    found = _training_bytes(model, request, trains) if trains else _inference_bytes(model, request, dtype)
+    if trains:
+        found = _training_bytes(model, request, trains, on_cpu=device.name == CPU)
+    else:
+        found = _inference_bytes(model, request, dtype)
     return Plan(device, size, found, {} if trains else _seconds(model, request, device, vision_split, dtype))
 
 
@@ -131,13 +136,17 @@ def _inference_bytes(model: NVLMModel, request: Request, dtype: torch.dtype) -> 
     }
 
 
-def _training_bytes(model: NVLMModel, request: Request, trains: tuple[str, ...]) -> dict[str, int]:
+def _training_bytes(
+    model: NVLMModel, request: Request, trains: tuple[str, ...], on_cpu: bool = False
+) -> dict[str, int]:
+    """The step of a recipe whose activations are made again, rows packed full of pictures with a question each."""
     learns = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in trains)
-    text, size = model.shard.text, next(model.parameters()).element_size()
+    config, text, size = model.config, model.shard.text, next(model.parameters()).element_size()
     tokens = request.batch * request.context
-    layer = tokens * (6 * text.hidden_size + 6 * text.intermediate_size) * size
+    qkv = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    layer = tokens * (20 * text.hidden_size + 10 * text.intermediate_size + 6 * qkv) * size
     masters = 4 * learns if size < 4 else 0
-    return {
+    found = {
         "weights": weight_bytes(model),
         "fp32 masters": masters,
         "gradients": 4 * learns,
@@ -145,6 +154,30 @@ def _training_bytes(model: NVLMModel, request: Request, trains: tuple[str, ...])
         "kept activations": 2 * text.num_hidden_layers * tokens * text.hidden_size * size,
         "a layer's activations": layer,
         "logits of a chunk": min(tokens, CHUNK) * text.vocab_size * (size + 8),
+    }
+    if not request.tiles:
+        return found
+    shown = {"all": request.tiles, "thumbnail": 1, "none": 0}[config.routing.decoder]
+    pictures = max(1, request.context // (QUESTION + shown * config.tokens_per_tile))  # of a row, packed
+    vision, tiles = model.shard.vision, request.batch * pictures * request.tiles
+    if "vision" in trains:
+        rows, layers = tiles * (vision.num_patches + 1), vision.num_hidden_layers
+        tower = rows * layers * (10 * vision.hidden_size + 3 * vision.intermediate_size)
+    else:
+        tower = tiles // request.batch * (vision.num_patches + 1)  # row by row
+        tower *= 5 * vision.hidden_size + 2 * vision.intermediate_size
+    projected = 3 * 4 * vision.hidden_size + (2 if config.variant == "x" else 4) * text.hidden_size
+    if config.variant != "x":
+        projected += 3 * text.intermediate_size
+    keys, cross = pictures * image_keys(config, request.tiles), 0
+    if config.cross is not None:
+        cross = keys * (2 * text.hidden_size + 4 * text.num_key_value_heads * text.head_dim * len(config.cross.layers))
+        if on_cpu:  # whose attention to intervals is a masked product
+            found["scores of masked attention"] = 2 * 4 * tokens * keys * text.num_attention_heads
+    return found | {
+        "vision features": tiles * vision.num_patches * vision.hidden_size * size,
+        "vision activations": tower * size,
+        "image tokens": (tiles * config.tokens_per_tile * projected + request.batch * cross) * size,
     }
 
 
@@ -165,7 +198,7 @@ def _seconds(
     attention //= 1 if vision_split == "tiles" else size
     encode = each * (2 * patches * tower + attention) / device.flops
     shown = {"all": request.tiles, "thumbnail": min(1, request.tiles), "none": 0}[config.routing.decoder]
-    prompt = min(request.context, 100 + shown * config.tokens_per_tile)
+    prompt = min(request.context, QUESTION + shown * config.tokens_per_tile)
     weights = decoder / dtype.itemsize
     square = 2 * prompt**2 * text.hidden_size * text.num_hidden_layers / size
     prefill = max((2 * prompt * weights + square) / device.flops, decoder / device.bandwidth)

@@ -38,6 +38,22 @@ def test_ranks_of_72b(size):
     assert plan.fits == (size > 2)
 
 
+def test_training_counts_the_pictures_of_a_packed_row():
+    """NVLM-X's rows of text hold more of them; a CPU's masked attention has scores; text alone has none of it."""
+    parts = ("projector", "cross", "decoder")
+    config, tokens = PRESETS["nvlm-x-72b"], 4 * 1024
+    found = plan_model(config, Request(4, 1024, 7), H100, 8, trains=parts).bytes
+    tiles = 4 * 10 * 7  # a question of 100 tokens a picture
+    assert found["vision features"] == tiles * 1024 * 3200 * 2
+    assert "scores of masked attention" not in found
+    cpu = plan_model(config, Request(4, 1024, 7), find_device("cpu"), 8, trains=parts).bytes
+    assert cpu["scores of masked attention"] == 8 * tokens * 10 * 7 * 256 * 8  # 64 heads over 8 ranks
+    text = plan_model(config, Request(4, 1024, 0), H100, 8, trains=parts).bytes
+    assert not {"vision features", "vision activations", "image tokens"} & set(text)
+    whole = plan_model(PRESETS["nvlm-d-72b"], Request(4, 2048, 7), H100, 8, trains=("projector", "decoder")).bytes
+    assert whole["vision features"] == 4 * 7 * 1024 * 3200 * 2, "1,792 image tokens: one picture a row"
+
+
 def test_training_counts_what_the_stage_learns():
     config = PRESETS["nvlm-x-72b"]
     assert trained_parts(config, "pretrain") == ("projector", "cross")

@@ -44,6 +44,8 @@ def test_every_figure_is_there(result):
         assert 0 < speed["p20"] <= speed["p50"] <= speed["p80"] and 0 <= row["waited"] < 1
         assert memory["p50"] is None or 0 < memory["p20"] <= memory["p50"] <= memory["p80"]
     lengths = {row["contestant"]: row["mean_tokens"] for row in rows}
+    assert [row["contestant"] for row in rows if row["part"] == "plan"] == ["d", "x", "h"]
+    assert all(row["planned_mb"] > 10 for row in rows if row["part"] == "plan")
     assert lengths["x"] < lengths["d"] and lengths["h"] < lengths["d"]
     found = train_step.ratios([row for row in rows if row["part"] == "variants"])
     assert found["x"]["paper_documents_per_s"] == 50.6 / 28.8 and set(found) == {"x", "h"}
