@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,7 +24,7 @@ KIND_WEIGHTS = {"tile": 1, "read": 1, "position": 1, "colour": 4, "shape": 1, "f
 QUESTIONS = 8  # of a conversation, at most
 ROUNDS = 4  # conversations about a document, in each file it is in
 FILES = ("short", "transcribed", "asked")
-CHUNK = 250  # documents a task of the pool, and a folder of pictures
+CHUNK = 100  # documents a task of the pool, and a folder of pictures
 
 
 def document_at(seed: int, index: int) -> Document:
@@ -95,7 +96,8 @@ def write_dataset(folder: Path, seed: int, num_documents: int, log: Callable[[st
     unfinished.mkdir(parents=True)
     starts = range(0, num_documents, CHUNK)
     files = {name: (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") for name in FILES}
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to answer
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=signal.signal, initargs=quiet) as pool:
         for first, rows in zip(starts, pool.map(partial(_write_chunk, unfinished, seed, num_documents), starts)):
             for name, lines in rows.items():
                 files[name].writelines(lines)
