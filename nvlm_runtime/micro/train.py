@@ -29,6 +29,7 @@ from nvlm_runtime.weights import load, save
 
 Log = Callable[[str], None]
 PRETRAINING = 0.25  # of the steps
+COMPILED_STEPS = 200  # of the tower; compiling it takes longer than fewer of them
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def shared_tower(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
     path = work / f"tower-{seed}-{steps}-{documents_hash(seed)}.pt"
     if not path.exists():
         partial = path.with_suffix(".partial")
-        tower, heads = pretrain(MICRO_VISION, seed, log, steps)
+        tower, heads = pretrain(MICRO_VISION, seed, log, steps, compile=steps >= COMPILED_STEPS)
         torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, partial)
         partial.rename(path)
     return torch.load(path, weights_only=True)

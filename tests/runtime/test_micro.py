@@ -156,7 +156,7 @@ def test_a_micro_model_is_trained_and_a_stopped_run_goes_on(variant, work, tmp_p
 
 def test_both_stages_lower_the_loss(work, tmp_path):
     """On 12 documents, by a tenth at least in each; the second begins about where the first ended."""
-    sizes = replace(SMALL, steps=120)
+    sizes = replace(SMALL, steps=48)
     assert train_micro("x", 0, tmp_path / "out", work, sizes, False, quiet) == 0
     ends = []
     for name in ("pretraining", "fine-tuning"):
