@@ -21,10 +21,10 @@ from nvlm_runtime.vision import RMSNorm
 from nvlm_runtime.weight_only import dense_weight
 
 
-def sinusoids(start: int, length: int, width: int, device: torch.device) -> Tensor:
-    """[length, width] fp32: sines, then cosines, of the index from `start` at wavelengths from 2 pi to 2,000 pi."""
-    freqs = 1000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    angles = torch.arange(start, start + length, device=device)[:, None] * freqs
+def sinusoids(places: Tensor, width: int) -> Tensor:
+    """places: int64 [*, S]. Returns [*, S, width] fp32: sines, then cosines, at wavelengths from 2 pi to 2,000 pi."""
+    freqs = 1000.0 ** (-torch.arange(0, width, 2, device=places.device) / width)
+    angles = places[..., None] * freqs
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -61,13 +61,14 @@ class GatedCrossAttention(nn.Module):
             self.fc1 = nn.Linear(size, inner, bias=False)
             self.fc2 = nn.Linear(inner, size, bias=False)
 
-    def keys_values(self, embeds: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """embeds: [B, S, C] image tokens (NVLM-H: tags beside them); start: the first one's place among all images'.
+    def keys_values(self, embeds: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """embeds: [B, S, C] image tokens (NVLM-H: tags beside them); places: [S] or [B, S], where each stands among
+        those of its prompt's images.
 
         Returns k, v: [B, S, Hkv, D].
         """
         if self.positions == "sinusoidal":
-            embeds = embeds + sinusoids(start, *embeds.shape[1:], embeds.device).to(embeds.dtype)
+            embeds = embeds + sinusoids(places, embeds.shape[-1]).to(embeds.dtype)
         embeds = self.group.spread(embeds)
         k, v = (self._heads(linear, embeds).unflatten(-1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         return k, v

@@ -137,9 +137,9 @@ class Decoder(nn.Module):
         """Makes the head share the embedding's weight; `to_empty` parts them."""
         self.lm_head.weight = self.embed_tokens.weight
 
-    def cross_kv(self, embeds: Tensor, start: int = 0) -> CrossKV:
-        """Image keys and values of all gated layers from their inputs [B, S, C], the first at place `start`."""
-        pairs = [self.layers[i].cross_attn.keys_values(embeds, start) for i in self.cross_layers]
+    def cross_kv(self, embeds: Tensor, places: Tensor) -> CrossKV:
+        """Image keys and values of all gated layers from their inputs [B, S, C] at places [S] or [B, S]."""
+        pairs = [self.layers[i].cross_attn.keys_values(embeds, places) for i in self.cross_layers]
         k, v = (torch.stack(side) for side in zip(*pairs, strict=True))
         return CrossKV(k, v)
 

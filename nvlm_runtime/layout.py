@@ -26,6 +26,7 @@ class ImageLayout:
     slots: decoder positions that hold image tokens, in the order of the tokens of `slot_tiles`.
     cross: what its image keys are made of, in order: tag token ids (a tuple) or a tile's number.
     keys: [start, end) of them among the keys of all images.
+    place: of the first of them among those of its own prompt, which positions count: `keys[0]` but in a packed row.
     """
 
     num_tiles: int
@@ -34,6 +35,13 @@ class ImageLayout:
     slot_tiles: tuple[int, ...]
     cross: tuple[tuple[int, ...] | int, ...]
     keys: tuple[int, int]
+    place: int
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [S], of all its keys."""
+        start, end = self.keys
+        return torch.arange(self.place, self.place + end - start)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ def make_layout(
                 slot_tiles=tuple(with_slots),
                 cross=cross,
                 keys=(start, end),
+                place=start,
             )
         )
         image_ends.append((block.end, end))

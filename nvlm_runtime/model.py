@@ -111,11 +111,16 @@ class NVLMModel(nn.Module):
             torch.cat([weight.new_zeros(0, width), *map(self.key_embeds, layout.images, images)])
             for layout, images in zip(layouts, image_tokens, strict=True)
         ]
-        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, S, C]; nothing sees the padding
+        places = [
+            torch.cat([torch.zeros(0, dtype=torch.int64), *(image.places for image in layout.images)])
+            for layout in layouts
+        ]
+        # [B, S, C] and [B, S]; nothing sees the padding
+        embeds, places = (nn.utils.rnn.pad_sequence(side, batch_first=True) for side in (rows, places))
         intervals = embeds.new_zeros(len(rows), length, 2, dtype=torch.int64)
         for row, layout in enumerate(layouts):
             intervals[row, : len(layout.intervals)] = layout.intervals.to(embeds.device)
-        return CrossView(self.language_model.cross_kv(embeds), intervals)
+        return CrossView(self.language_model.cross_kv(embeds, places.to(embeds.device)), intervals)
 
     def forward(
         self,

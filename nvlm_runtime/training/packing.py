@@ -61,7 +61,10 @@ def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
 
 
 def join_layouts(layouts: Sequence[Layout], lengths: Sequence[int]) -> Layout:
-    """The layout of documents laid end to end: slots, spans, keys and intervals move up by what stands before them."""
+    """The layout of documents laid end to end: slots, spans, keys and intervals move up by what stands before them.
+
+    Places of image keys are left as they are: a document's positions count from its own first.
+    """
     images, intervals, at, key = [], [], 0, 0
     for layout, length in zip(layouts, lengths, strict=True):
         for image in layout.images:

@@ -81,7 +81,7 @@ def test_tile_attention_rejects_float_intervals():
 def test_a_row_that_sees_nothing_is_unchanged(placement, ffn):
     layer = randomise(GatedCrossAttention(TEXT, CrossConfig((0,), placement, ffn)))
     x = torch.randn(1, 4, TEXT.hidden_size, requires_grad=True)
-    k, v = layer.keys_values(torch.randn(1, 6, TEXT.hidden_size))
+    k, v = layer.keys_values(torch.randn(1, 6, TEXT.hidden_size), torch.arange(6))
     out = layer(x, None, k, v, torch.tensor([[[0, 0], [0, 6], [3, 3], [2, 4]]]))
     assert torch.equal(out[0, [0, 2]], x[0, [0, 2]])
     assert (out[0, [1, 3]] != x[0, [1, 3]]).any(-1).all()
@@ -92,7 +92,7 @@ def test_a_row_that_sees_nothing_is_unchanged(placement, ffn):
 def test_the_layer_is_its_formula():
     layer = randomise(GatedCrossAttention(TEXT, CrossConfig((0,), ffn="swiglu"))).double()
     x, image = torch.randn(1, 3, 48, dtype=torch.float64), torch.randn(1, 5, 48, dtype=torch.float64)
-    k, v = layer.keys_values(image)
+    k, v = layer.keys_values(image, torch.arange(image.shape[1]))
     rms = lambda t, w: t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w  # noqa: E731
     q = (rms(x, layer.norm.weight) @ layer.q_proj.weight.T).unflatten(-1, (6, 8))
     want_k = (image @ layer.k_proj.weight.T).unflatten(-1, (2, 8))
@@ -112,6 +112,6 @@ def test_positions_tell_equal_keys_apart():
     x, everything = torch.randn(1, 2, 48), torch.tensor([[[0, 6]] * 2])
     for positions, same in (("none", True), ("sinusoidal", False)):
         layer = randomise(GatedCrossAttention(TEXT, CrossConfig((0,), positions=positions)))
-        out = layer(x, None, *layer.keys_values(image), everything)
-        turned = layer(x, None, *layer.keys_values(image.flip(1)), everything)
+        out = layer(x, None, *layer.keys_values(image, torch.arange(image.shape[1])), everything)
+        turned = layer(x, None, *layer.keys_values(image.flip(1), torch.arange(6)), everything)
         assert torch.allclose(out, turned, atol=1e-6) == same

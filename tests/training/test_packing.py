@@ -52,13 +52,18 @@ def loss_and_gradients(model, batch):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_is_unpacked(tmp_path, variant):
+@pytest.mark.parametrize(
+    ("variant", "positions"), [("d", None), *((v, p) for v in "xh" for p in ("none", "sinusoidal"))]
+)
+def test_packed_is_unpacked(tmp_path, variant, positions):
     """In fp64, the tower's gradients among them; the documents alone go through the path without packing."""
-    model = small_model(variant, **({} if variant == "d" else {"positions": "none", "ffn": "swiglu"})).double().train()
+    model = (
+        small_model(variant, **({} if variant == "d" else {"positions": positions, "ffn": "swiglu"})).double().train()
+    )
     found = documents(tmp_path, model.config)
     rows = fill_rows([len(document) for document in found], 300)
     assert any(len(row) > 2 for row in rows)
+    assert any(sum(bool(found[i].images) for i in row) > 1 for row in rows), "a row with pictures of two documents"
     packed = batch_of(found, model.config, rows)
     got_loss, got = loss_and_gradients(model, packed)
     alone = [batch_of(found, model.config, [[i]]) for i in range(len(found))]
