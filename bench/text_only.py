@@ -12,7 +12,6 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -29,7 +28,7 @@ from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.documents import Document, make_document
 from nvlm_runtime.training.packing import pack
-from nvlm_runtime.training.recipe import Blend, Recipe
+from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.trainer import Trainer
 from nvlm_runtime.weights import load
@@ -53,8 +52,9 @@ def write_text(folder: Path) -> tuple[Path, Path]:
 
 
 def held_out(path: Path, model: NVLMModel, tokenizer: Tokenizer, num: int) -> list[Document]:
-    rows, config = JsonLines(path), replace(model.config)
-    return [make_document(rows[i], tokenizer, config, 2048, "hf", "text", print) for i in range(min(num, len(rows)))]
+    rows = JsonLines(path)
+    found = (rows[i] for i in range(min(num, len(rows))))
+    return [make_document(row, tokenizer, model.config, 2048, "hf", "text", print) for row in found]
 
 
 @torch.inference_mode()
@@ -85,7 +85,7 @@ def recipe_of(model: Path, out: Path, documents: Path, text: Path | None, varian
         out=str(out),
         data=tuple(data),
         variant=variant,
-        train=("projector", "cross") if variant == "x" else ("projector", "decoder"),
+        train=trained_parts(variant, "pretrain" if variant == "x" else "sft"),  # pretraining leaves the decoder frozen
         steps=args.steps,
         lr=args.lr,
         lr_min=0.0,

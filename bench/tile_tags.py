@@ -25,7 +25,7 @@ from nvlm_runtime.micro.evaluate import evaluate
 from nvlm_runtime.micro.questions import KINDS
 from nvlm_runtime.micro.train import Sizes, shared_documents, shared_tower, write_beginning
 from nvlm_runtime.presets import PRESETS
-from nvlm_runtime.training.recipe import Blend, Recipe
+from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
 from nvlm_runtime.training.trainer import Trainer
 
 FORMATS = {"d": ("none", "1d", "grid", "bbox"), "x": ("none", "1d")}
@@ -47,7 +47,7 @@ def train(variant: str, tags: str, seed: int, args: argparse.Namespace) -> dict[
             out=str(folder / "run"),
             data=(Blend("short", str(documents / "short.jsonl")),),
             variant=variant,
-            train=("projector", "decoder") if variant == "d" else ("projector", "cross", "decoder"),
+            train=trained_parts(variant, "sft"),
             steps=args.steps,
             lr=2e-3,
             lr_min=0.0,

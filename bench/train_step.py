@@ -32,12 +32,12 @@ from PIL import Image
 from bench.report import table, write
 from bench.resident import peak_bytes
 from bench.synthetic import full_tokenizer, random_model
-from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig, TextConfig
+from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
 from nvlm_runtime.micro.document import GRIDS, WORDS
 from nvlm_runtime.plan import Request, find_device, plan_model
-from nvlm_runtime.presets import MICRO_VISION
+from nvlm_runtime.presets import MICRO_TEXT, MICRO_VISION
 from nvlm_runtime.training.documents import IGNORE
-from nvlm_runtime.training.recipe import Blend, Recipe
+from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
 from nvlm_runtime.training.source import Source
 from nvlm_runtime.training.trainer import Trainer
 from nvlm_runtime.weights import save
@@ -45,18 +45,14 @@ from nvlm_runtime.weights import save
 PARTS = ("loop", "variants", "plan")
 PAPER = {"d": 28.8, "x": 50.6, "h": 36.2}  # samples/s, NVLM paper table 3
 VISION = replace(MICRO_VISION, image_size=128)
-TEXT = TextConfig(
-    architecture="Qwen2ForCausalLM",
+TEXT = replace(
+    MICRO_TEXT,
     vocab_size=32_768,
     hidden_size=384,
     intermediate_size=1024,
     num_hidden_layers=8,
-    num_attention_heads=6,
     num_key_value_heads=2,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
     max_position_embeddings=4096,
-    tie_word_embeddings=False,
 )
 SEQ_LEN, PLANNED_ROWS = 1024, 4
 TARGETS = {"documents_per_s": 1.5, "memory_mb": 0.6}  # of the trainer's against the loop's
@@ -108,7 +104,7 @@ def trainer_of(variant: str, folder: Path, rows: Path, documents: int | None, pa
         out=str(folder / "run"),
         data=(Blend("rows", str(rows)),),
         variant=variant,
-        train=("projector", "decoder") if variant == "d" else ("projector", "cross", "decoder"),
+        train=trained_parts(variant, "sft"),
         steps=10_000,
         lr=1e-4,
         lr_min=0.0,
@@ -116,6 +112,7 @@ def trainer_of(variant: str, folder: Path, rows: Path, documents: int | None, pa
         rows=documents or PLANNED_ROWS,
         seq_len=SEQ_LEN,
         recompute=documents is None,
+        decay_norms_and_gates=True,  # as the plain loop's AdamW does
     )
     trainer = Trainer(recipe, log=lambda line: None)
     if documents is None:
@@ -140,7 +137,7 @@ def plain_loop(trainer: Trainer) -> Callable[[], dict[str, float]]:
     adam = torch.optim.AdamW(learns, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05)
 
     def step() -> dict[str, float]:
-        began, waited = time.perf_counter(), trainer.source.waited
+        began = time.perf_counter()
         batch = next(trainer.source)
         with torch.no_grad():
             features = [trainer._features(tiles) for tiles in batch.pixel_values]
@@ -151,13 +148,11 @@ def plain_loop(trainer: Trainer) -> Callable[[], dict[str, float]]:
         torch.nn.utils.clip_grad_norm_(learns, 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        seconds, waited = time.perf_counter() - began, trainer.source.waited - waited
         return {
-            "seconds": seconds,
+            "seconds": time.perf_counter() - began,
             "documents": batch.num_documents,
             "tokens": batch.num_tokens,
             "loss": loss.item(),
-            "waited": waited,
         }
 
     return step
@@ -166,7 +161,7 @@ def plain_loop(trainer: Trainer) -> Callable[[], dict[str, float]]:
 def packed_loop(trainer: Trainer) -> Callable[[], dict[str, float]]:
     def step() -> dict[str, float]:
         done = trainer.step()
-        return {name: getattr(done, name) for name in ("seconds", "documents", "tokens", "loss", "waited")}
+        return {name: getattr(done, name) for name in ("seconds", "documents", "tokens", "loss")}
 
     return step
 
@@ -244,8 +239,7 @@ def measure(part: str, rounds: int, documents: int, threads: int, variant: str) 
 
 def planned_mb(variant: str) -> float:
     """What `nvlm plan` says a step needs above weights and optimizer."""
-    trains = ("projector", "decoder") if variant == "d" else ("projector", "cross", "decoder")
-    request = Request(PLANNED_ROWS, SEQ_LEN, 7)
+    request, trains = Request(PLANNED_ROWS, SEQ_LEN, 7), trained_parts(variant, "sft")
     plan = plan_model(model_config(variant), request, find_device("cpu"), dtype=torch.float32, trains=trains)
     return sum(count for name, count in plan.bytes.items() if name not in ("weights", "optimizer")) / 1e6
 
@@ -263,7 +257,6 @@ def _row(part: str, name: str, steps: list[dict[str, float]], peaks: list[float]
         "mean_tokens": sum(step["tokens"] for step in steps) / documents,
         "documents_per_s": dict(zip(("p20", "p50", "p80"), speeds)),
         "memory_mb": dict(zip(("p20", "p50", "p80"), memory)),
-        "waited": sum(step["waited"] for step in steps) / sum(step["seconds"] for step in steps),
     }
 
 
@@ -292,7 +285,6 @@ def show(rows: list[dict[str, Any]]) -> str:
         "documents/s",
         "MB a step",
         "tokens a document",
-        "waiting",
         "speed",
         "memory",
         "paper's speed",
@@ -307,7 +299,6 @@ def show(rows: list[dict[str, Any]]) -> str:
                 spread(row["documents_per_s"]),
                 spread(row["memory_mb"]),
                 round(row["mean_tokens"]),
-                f"{row['waited']:.1%}",
                 *(f"{ratio[key]:.2f}x" if key in ratio else None for key in (*TARGETS, "paper_documents_per_s")),
                 row.get("planned_mb"),
             ]

@@ -6,7 +6,6 @@ predictions from the roof: the larger of bytes over bandwidth and flops over the
 out; nothing in them is measured.
 """
 
-import tomllib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ from nvlm_runtime.engine import ROUNDING
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Group, VisionSplit, sizes
 from nvlm_runtime.slots import cache_bytes, free_bytes
-from nvlm_runtime.training.recipe import BUNDLED
 from nvlm_runtime.training.trainer import part_of
 
 CHUNK = 512  # tokens of a prompt that are read at a time
@@ -62,14 +60,6 @@ def find_device(name: str) -> Device:
     if name not in DEVICES:
         raise ValueError(f"unknown device {name!r}: expected cpu or one of {', '.join(DEVICES)}")
     return DEVICES[name]
-
-
-def trained_parts(config: NVLMConfig, stage: str) -> tuple[str, ...]:
-    """Parts that learn in "pretrain" or "sft" of the paper, by the bundled recipe of the model's variant."""
-    path = BUNDLED / f"{stage}-{config.variant}.toml"
-    if not path.is_file():
-        raise ValueError(f"the stage must be pretrain or sft, got {stage!r}")
-    return tuple(tomllib.loads(path.read_text())["train"])
 
 
 def plan_model(

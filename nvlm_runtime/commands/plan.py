@@ -9,8 +9,9 @@ from rich.table import Table
 
 from nvlm_runtime.config import from_hf
 from nvlm_runtime.engine import checkpoint_folder
-from nvlm_runtime.plan import Request, find_device, plan_model, suggestions, trained_parts
+from nvlm_runtime.plan import Request, find_device, plan_model, suggestions
 from nvlm_runtime.presets import PRESETS
+from nvlm_runtime.training.recipe import trained_parts
 from nvlm_runtime.weights import read_json
 
 
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = from_hf(read_json(checkpoint_folder(args.name) / "config.json"))
     device, dtype = find_device(args.device), getattr(torch, args.dtype)
-    trains = trained_parts(config, args.train) if args.train else ()
+    trains = trained_parts(config.variant, args.train) if args.train else ()
     request = Request(args.batch, args.context, args.tiles)
     plan = plan_model(config, request, device, args.size, args.vision_split, dtype, trains)
     words = suggestions(config, request, plan, args.vision_split, dtype, trains)

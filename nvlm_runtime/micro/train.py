@@ -23,7 +23,7 @@ from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.checkpoint import checkpoints
-from nvlm_runtime.training.recipe import Blend, Recipe
+from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
 from nvlm_runtime.training.trainer import Step, Trainer
 from nvlm_runtime.weights import load, save
 
@@ -135,7 +135,7 @@ def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents:
         out=str(out),
         data=tuple(Blend(task, str(documents / f"{task}.jsonl"), weight=weight) for task, weight in weights.items()),
         variant=variant,
-        train=("projector", "decoder") if variant == "d" else ("projector", "cross", "decoder"),
+        train=trained_parts(variant, "sft"),
         steps=steps,
         lr=2e-3,
         lr_min=1e-3 if is_first else 0.0,

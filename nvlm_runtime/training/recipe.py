@@ -132,6 +132,14 @@ class Recipe:
         return [share[b.text_only] * b.weight / sums[b.text_only] for b in self.data]
 
 
+def trained_parts(variant: str, stage: str) -> tuple[str, ...]:
+    """Parts that learn in "pretrain" or "sft" of the paper, by the bundled recipe. ValueError for another stage."""
+    path = BUNDLED / f"{stage}-{variant}.toml"
+    if not path.is_file():
+        raise ValueError(f"the stage must be pretrain or sft, got {stage!r}")
+    return tuple(tomllib.loads(path.read_text())["train"])
+
+
 def bundled_recipes() -> list[str]:
     return sorted(path.stem for path in BUNDLED.glob("*.toml"))
 

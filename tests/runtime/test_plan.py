@@ -7,10 +7,12 @@ import torch
 
 from nvlm_runtime import NVLM
 from nvlm_runtime.cli import main
+from nvlm_runtime.devices import DEVICES
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Group
-from nvlm_runtime.plan import DEVICES, Request, find_device, plan_model, trained_parts
+from nvlm_runtime.plan import Request, find_device, plan_model
 from nvlm_runtime.presets import PRESETS
+from nvlm_runtime.training.recipe import trained_parts
 
 H100 = DEVICES["h100"]
 
@@ -56,7 +58,7 @@ def test_training_counts_the_pictures_of_a_packed_row():
 
 def test_training_counts_what_the_stage_learns():
     config = PRESETS["nvlm-x-72b"]
-    assert trained_parts(config, "pretrain") == ("projector", "cross")
+    assert trained_parts(config.variant, "pretrain") == ("projector", "cross")
     with torch.device("meta"):
         model = NVLMModel(config, Group(0, 8))
     learns = sum(p.numel() for n, p in model.named_parameters() if n.startswith("mlp1.") or ".cross_attn." in n)

@@ -41,7 +41,7 @@ def test_every_figure_is_there(result):
     assert [row["contestant"] for row in rows if row["part"] == "variants"] == ["d", "x", "h"]
     for row in rows:
         speed, memory = row["documents_per_s"], row["memory_mb"]
-        assert 0 < speed["p20"] <= speed["p50"] <= speed["p80"] and 0 <= row["waited"] < 1
+        assert 0 < speed["p20"] <= speed["p50"] <= speed["p80"]
         assert memory["p50"] is None or 0 < memory["p20"] <= memory["p50"] <= memory["p80"]
     lengths = {row["contestant"]: row["mean_tokens"] for row in rows}
     assert [row["contestant"] for row in rows if row["part"] == "plan"] == ["d", "x", "h"]
