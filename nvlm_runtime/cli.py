@@ -230,9 +230,15 @@ def _is_launcher(args: argparse.Namespace) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
+    if int(os.environ.get("RANK", "0")):
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    code = _run(args, argv)
+    if code and "RANK" in os.environ:
+        importlib.import_module("nvlm_runtime.ranks").abandon(code)
+    return code
+
+
+def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     try:
         if _is_launcher(args):
             return importlib.import_module("nvlm_runtime.ranks").launch(argv, args.tp)
@@ -244,9 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if "RANK" in os.environ:  # at once, before the others miss this rank
-            os._exit(importlib.import_module("nvlm_runtime.ranks").NO_READER)
-        return 0
+        return importlib.import_module("nvlm_runtime.ranks").NO_READER if "RANK" in os.environ else 0
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
         if "RANK" in os.environ:
@@ -257,8 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl")):
             raise
-        importlib.import_module("nvlm_runtime.ranks").tell(f"rank {rank}: another rank is gone or hangs", True)
-        os._exit(1)  # a collective may still hold a thread
+        words = f"rank {os.environ['RANK']}: another rank is gone or hangs"
+        importlib.import_module("nvlm_runtime.ranks").tell(words, everyone=True)
+        return 1
 
 
 if __name__ == "__main__":

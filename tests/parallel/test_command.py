@@ -47,6 +47,27 @@ def test_the_ranks_end_quietly_with_their_reader():
     process.stderr.close()
 
 
+def test_a_rank_that_gives_up_ends_with_its_code():
+    """In a group whose thread waits in a collective for ever; an ordinary exit aborts there, now and then or always."""
+    program = """
+import os, sys, threading, time
+import torch, torch.distributed as dist
+from nvlm_runtime import cli, ranks
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+class Waits(threading.Thread):
+    def run(self): time.sleep(60)
+Waits().start()
+os.environ["RANK"] = "0"
+def run(*args): raise ValueError("no such thing")
+cli.importlib.import_module("nvlm_runtime.commands.info").run = run
+sys.exit(cli.main(["info", "micro-d"]))
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "nvlm: no such thing\n")
+    assert time.monotonic() - began < 50, "it waited for the thread"
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_under_torchrun_rank_0_says_what_is_wrong(rank, monkeypatch, capsys):
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
