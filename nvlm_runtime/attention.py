@@ -98,6 +98,10 @@ class PackedPast:
                 self.intervals[row, start:end, 0] = start
                 self.intervals[row, start:end, 1] = torch.arange(start, end) + 1
         self.intervals = self.intervals.to(device)
+        self._pieces = []  # all rows end to end: (is a document, length)
+        for spans in documents:
+            self._pieces += [(True, end - start) for start, end in spans]
+            self._pieces.append((False, length - (spans[-1][1] if spans else 0)))
 
     @property
     def positions(self) -> Tensor:
@@ -110,15 +114,17 @@ class PackedPast:
         v = qkv.unflatten(-1, (-1, q.shape[-1]))[:, :, -num_kv_heads:]
         if q.is_cuda:
             return tile_attention(q, k, v, self.intervals)
-        out, sizes = [], q.shape[1:]
-        for row, spans in enumerate(self.documents):
-            parts, end = [], 0
-            for start, end in spans:
-                qd, kd, vd = (t[row : row + 1, start:end].transpose(1, 2) for t in (q, k, v))
+        lengths = [length for _, length in self._pieces]
+        parts = (t.flatten(0, 1).split(lengths) for t in (q, k, v))  # not slices, whose gradients are added one by one
+        out = []
+        for (is_document, _), *heads in zip(self._pieces, *parts, strict=True):
+            if is_document:
+                qd, kd, vd = (part.transpose(0, 1)[None] for part in heads)
                 part = F.scaled_dot_product_attention(qd, kd, vd, is_causal=True, enable_gqa=num_heads != num_kv_heads)
-                parts.append(part[0].transpose(0, 1))
-            out.append(torch.cat([*parts, q.new_zeros(sizes[0] - end, *sizes[1:])]))
-        return torch.stack(out)
+                out.append(part[0].transpose(0, 1))
+            else:
+                out.append(torch.zeros_like(heads[0]))
+        return torch.cat(out).view_as(q)
 
 
 class FlatPast:

@@ -20,7 +20,7 @@ from nvlm_runtime.micro.document import Document, draw, make_document
 from nvlm_runtime.micro.questions import Question, questions, transcription
 
 # Finding a thing by its look comes last: nothing in the question says where to search.
-KIND_WEIGHTS = {"tile": 1, "read": 1, "position": 1, "colour": 4, "shape": 1, "field": 3}
+KIND_WEIGHTS = {"tile": 2, "read": 1, "position": 1, "colour": 4, "shape": 3, "field": 3}
 QUESTIONS = 8  # of a conversation, at most
 ROUNDS = 4  # conversations about a document, in each file it is in
 FILES = ("short", "transcribed", "asked")
