@@ -91,7 +91,6 @@ class PackedPast:
     """
 
     def __init__(self, documents: Documents, length: int, device: torch.device):
-        self.documents = documents
         self.intervals = torch.zeros(len(documents), length, 2, dtype=torch.int64)
         for row, spans in enumerate(documents):
             for start, end in spans:

@@ -20,6 +20,8 @@ Source: NVLM paper (arXiv 2409.11402) section 4.3, a tile tag reads its own tile
 attention-gym's Flamingo mask; the kernels follow flash-attention 2 (arXiv 2307.08691).
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -45,6 +47,32 @@ def tile_attention_ref(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Te
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
     return torch.where(sees[..., None], out.transpose(1, 2), 0)
+
+
+def tile_attention_by_blocks(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
+    """The reference where a row of the batch is several documents: each against its own keys alone."""
+    out = []
+    for qb, kb, vb, rows in zip(q.split(1), k.split(1), v.split(1), intervals.split(1), strict=True):
+        starts = _diagonal_blocks(rows[0])
+        tokens, keys = zip(*starts, (q.shape[1], k.shape[1]), strict=True)
+        tokens, keys = ([b - a for a, b in pairwise(edges)] for edges in (tokens, keys))
+        parts = qb.split(tokens, 1), kb.split(keys, 1), vb.split(keys, 1), rows.split(tokens, 1)
+        blocks = zip(*parts, (first for _, first in starts), strict=True)
+        out.append(torch.cat([tile_attention_ref(qs, ks, vs, seen - first) for qs, ks, vs, seen, first in blocks], 1))
+    return torch.cat(out)
+
+
+def _diagonal_blocks(intervals: Tensor) -> list[tuple[int, int]]:
+    """Where [T, 2] falls apart: (token, key), from (0, 0) on, from which on no token sees a key before, nor one before
+    it a key from there on.
+    """
+    start, end = intervals.unbind(-1)
+    sees = end > start
+    most = torch.iinfo(intervals.dtype).max
+    reached = torch.where(sees, end, 0).cummax(0).values[:-1]  # by the tokens before
+    ahead = torch.where(sees, start, most).flip(0).cummin(0).values.flip(0)[1:]
+    cuts = 1 + torch.nonzero(sees[1:] & (reached > 0) & (reached <= ahead)).flatten()
+    return [(0, 0), *zip(cuts.tolist(), ahead[cuts - 1].tolist(), strict=True)]
 
 
 @triton.jit
@@ -387,6 +415,7 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor
         )
     if intervals.device != q.device:
         raise ValueError(f"tile_attention: intervals are on {intervals.device}, q on {q.device}")
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not use_triton(q):
         if not torch.compiler.is_compiling():
             outside = intervals[((intervals < 0) | (intervals > k.shape[1])).any(-1)].tolist()
@@ -394,11 +423,11 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor
                 raise ValueError(
                     f"tile_attention: intervals leave the {k.shape[1]} keys: {outside[0]}, {len(outside)} in all"
                 )
-        return tile_attention_ref(q, k, v, intervals)
+        by_blocks = trained and q.numel() and k.numel() and not torch.compiler.is_compiling()
+        return (tile_attention_by_blocks if by_blocks else tile_attention_ref)(q, k, v, intervals)
     check_kernel("tile_attention", q)
     if q.numel() == 0 or k.shape[1] == 0:
         return tile_attention_ref(q, k, v, intervals)
-    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.shape[1] <= MAX_TOKENS and not trained:
         return split_attention(q, k, v, intervals)
     q, k, v = (rows_contiguous(t) for t in (q, k, v))

@@ -29,20 +29,22 @@ from nvlm_runtime.weights import load, save
 
 Log = Callable[[str], None]
 PRETRAINING = 0.25  # of the steps
+ROWS = {"d": 4, "x": 2, "h": 2}  # a step: about as many documents, whose image tokens fill the rows of NVLM-D
 COMPILED_STEPS = 200  # of the tower; compiling it takes longer than fewer of them
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run. steps: of the decoder, both stages together. rows: of 1,024 tokens, a step."""
+    """Of a run. steps: of the decoder, both stages together. rows: of 1,024 tokens, a step; None for `ROWS`."""
 
     steps: int = 6000
     tower_steps: int = 3000
     num_documents: int = 20000
-    rows: int = 4
+    rows: int | None = None
 
     def __post_init__(self):
-        if min(self.tower_steps, self.num_documents, self.rows) < 1 or self.steps < 2:
+        rows = 1 if self.rows is None else self.rows
+        if min(self.tower_steps, self.num_documents, rows) < 1 or self.steps < 2:
             raise ValueError(f"a micro model takes two steps or more, and one at least of everything else, got {self}")
 
 
@@ -140,7 +142,7 @@ def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents:
         lr=2e-3,
         lr_min=1e-3 if is_first else 0.0,
         warmup=min(200 if is_first else 50, steps - 1),
-        rows=sizes.rows,
+        rows=sizes.rows or ROWS[variant],
         shuffled_tiles=0.5,
         seed=seed,
         checkpoint_every=250,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from bench.machine import capture
 from nvlm_kernels._backend import INTERPRET
 from nvlm_kernels.ops.split_attention import _split, split_attention
-from nvlm_kernels.ops.tile_attention import _fwd, _sizes, tile_attention, tile_attention_ref
+from nvlm_kernels.ops.tile_attention import _diagonal_blocks, _fwd, _sizes, tile_attention, tile_attention_ref
 from nvlm_kernels.ops.tile_mask import to_dense
 from tests.util import check_op, planted
 
@@ -86,6 +86,20 @@ def test_packed_and_padded_batch(dtype, device):
     q, k, v = random(len(first), 80, (4, 2, 32), dtype, device, batch=2)
     check_op(tile_attention, tile_attention_ref, q, k, v, intervals)
     assert not tile_attention(q, k, v, intervals)[1, 9:].any()
+
+
+def test_trained_documents_of_a_row_are_apart(dtype, device):
+    """What one document's keys hold, NaN too, is nothing to another: not masked, but never multiplied."""
+    first, text, second = prompt(2, 16)[0], torch.zeros(3, 2, dtype=torch.int64), prompt(3, 16)[0]
+    tokens, keys = len(first) + len(text), 32
+    intervals = torch.cat([first, text, second + (second[:, 1:] > 0) * keys])[None].to(device)
+    assert _diagonal_blocks(intervals[0].cpu()) == [(0, 0), (tokens + 2, keys)]
+    q, k, v = random(intervals.shape[1], 80, (2, 1, 16), dtype, device)
+    dout = torch.randn_like(q)
+    clean = gradients(q, k, v, intervals, dout)
+    k[:, keys:], v[:, keys:] = NAN, NAN
+    for got, want, num in zip(gradients(q, k, v, intervals, dout), clean, (tokens, tokens, keys, keys)):
+        assert torch.equal(got[:, :num], want[:, :num])
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,9 +1,10 @@
-"""Breaks kernels by hand, one line at a time, and writes down which test saw it: tests/mutations/README.md.
+"""Breaks the code by hand, one line at a time, and writes down which test saw it: tests/mutations/README.md.
 
-    python -m tests.mutations [OP...]          # mutates a copy of the tree; rows of other ops are kept
+    python -m tests.mutations [NAME...]        # mutates a copy of the tree; rows of other names are kept
 
-Every file beside this one lists MUTATIONS of one op: (file, old text, new text, what it breaks). The old text must
-occur exactly once. A mutation counts as caught when the op's kernel tests fail, in the interpreter.
+Every file beside this one lists MUTATIONS: (file, old text, new text, what it breaks). The old text must occur exactly
+once. A mutation counts as caught when one of the file's TESTS (what pytest is told) fails; a file without them is of a
+kernel, whose tests run in the interpreter.
 """
 
 import importlib
@@ -14,38 +15,40 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("README.md")
-HEAD = """# Mutations of the kernels, and the test that saw each
+HEAD = """# Mutations, and the test that saw each
 
-Made by `python -m tests.mutations`: every line was applied to a copy of the tree and the op's tests run in the
-interpreter. "not caught" stays in the table.
+Made by `python -m tests.mutations`: every line was applied to a copy of the tree and the tests of its part run, a
+kernel's in the interpreter. "not caught" stays in the table. A trap is one of the list in the reference of the model.
 
-| op | mutation | caught by |
+| part | mutation | caught by |
 |---|---|---|
 """
 
 
-def caught_by(op: str, file: str, old: str, new: str) -> str:
+def caught_by(part: str, tests: Sequence[str] | None, file: str, old: str, new: str) -> str:
+    is_kernel, tests = tests is None, tests or (f"tests/kernels/test_{part}.py",)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("nvlm_kernels", "tests", "bench", "pyproject.toml"):
+        for name in ("nvlm_kernels", "nvlm_runtime", "tests", "bench", "pyproject.toml"):
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "runtime"))
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy / name)
         target = copy / file
         text = target.read_text()
         if text.count(old) != 1:
-            raise SystemExit(f"{op}: {old!r} occurs {text.count(old)} times in {file}, expected once")
+            raise SystemExit(f"{part}: {old!r} occurs {text.count(old)} times in {file}, expected once")
         target.write_text(text.replace(old, new))
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/kernels/test_{op}.py"],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
             cwd=copy,
-            env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(copy)},
+            env=os.environ | {"PYTHONPATH": str(copy)} | ({"TRITON_INTERPRET": "1"} if is_kernel else {}),
             capture_output=True,
             text=True,
         )
@@ -53,19 +56,21 @@ def caught_by(op: str, file: str, old: str, new: str) -> str:
         return "**not caught**"
     found = re.search(r"^(?:FAILED|ERROR) \S*?::(\w+)", run.stdout, re.MULTILINE)
     if not found:
-        raise SystemExit(f"{op}: pytest stopped without naming a test:\n{run.stdout[-2000:]}\n{run.stderr[-500:]}")
+        raise SystemExit(f"{part}: pytest stopped without naming a test:\n{run.stdout[-2000:]}\n{run.stderr[-500:]}")
     return f"`{found.group(1)}`"
 
 
-def main(ops: list[str]) -> None:
+def main(parts: list[str]) -> None:
     known = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "__main__"]
-    if unknown := set(ops) - set(known):
+    if unknown := set(parts) - set(known):
         raise SystemExit(f"no mutations of {sorted(unknown)}; known: {known}")
     rows = TABLE.read_text().splitlines()[HEAD.count("\n") :] if TABLE.exists() else []
-    for op in ops or known:
-        rows = [row for row in rows if not row.startswith(f"| {op} |")]
-        for file, old, new, what in importlib.import_module(f"tests.mutations.{op}").MUTATIONS:
-            row = f"| {op} | {what} | {caught_by(op, file, old, new)} |"
+    for part in parts or known:
+        rows = [row for row in rows if not row.startswith(f"| {part} |")]
+        listed = importlib.import_module(f"tests.mutations.{part}")
+        tests = getattr(listed, "TESTS", None)
+        for file, old, new, what in listed.MUTATIONS:
+            row = f"| {part} | {what} | {caught_by(part, tests, file, old, new)} |"
             print(row, flush=True)
             rows.append(row)
         TABLE.write_text(HEAD + "\n".join(sorted(rows, key=lambda row: row.split(" | ")[0])) + "\n")

@@ -1,0 +1,49 @@
+TESTS = ("tests/runtime/test_model.py", "tests/runtime/test_cross.py", "tests/runtime/test_layout.py")
+LAYOUT, CROSS, MODEL = "nvlm_runtime/layout.py", "nvlm_runtime/cross.py", "nvlm_runtime/model.py"
+MUTATIONS = [
+    (
+        LAYOUT,
+        "tag_spans.append((*block.tiles[piece].tag, first, end))",
+        "tag_spans.append((block.tiles[piece].tag[0], block.tiles[piece].tag[0] + 1, first, end))",
+        "trap 28: only a tag's first token sees its tile alone",
+    ),
+    (LAYOUT, "return 0, self.cross_length", "return 0, 0", "trap 28: what is generated sees no image"),
+    (
+        CROSS,
+        "torch.where(sees[..., None], self._feed_forward(self.ffn_norm(x)), 0)",
+        "self._feed_forward(self.ffn_norm(x))",
+        "trap 28: a row that sees nothing goes through the feed-forward",
+    ),
+    (
+        MODEL,
+        "pieces.append(self.language_model.embed_tokens(torch.tensor(piece, device=tiles.device)))",
+        "pieces.append(self.language_model.embed_tokens(torch.tensor(piece, device=tiles.device)).detach())",
+        "trap 29: tags in the keys have no gradient",
+    ),
+    (LAYOUT, 'if routing.tags == "cross" and tags[tile]:', "if False:", "trap 29: no tags in the keys"),
+    (LAYOUT, 'or (routing.cross == "regular" and is_thumbnail)', "", "NVLM-H's thumbnail is in the keys too"),
+    (
+        CROSS,
+        "self.gate = nn.Parameter(torch.zeros(1))",
+        "self.gate = nn.Parameter(torch.full((1,), 0.01))",
+        "gates begin open",
+    ),
+    (
+        CROSS,
+        "x = gated_project(out.flatten(2), dense_weight(self.o_proj, x.dtype), x, self.gate, sees)",
+        "x = x + self.gate * self.o_proj(out.flatten(2))",
+        "a gate without tanh",
+    ),
+    (
+        CROSS,
+        "embeds = embeds + sinusoids(places, embeds.shape[-1]).to(embeds.dtype)",
+        "pass",
+        "no positions of the keys",
+    ),
+    (
+        MODEL,
+        "tokens.append(tiles[list(image.slot_tiles)].flatten(0, 1))",
+        "tokens.append(tiles[list(image.slot_tiles)[::-1]].flatten(0, 1))",
+        "tiles in the slots from the last to the first",
+    ),
+]

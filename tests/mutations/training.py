@@ -1,0 +1,44 @@
+TESTS = ("tests/training/test_data.py", "tests/training/test_packing.py", "tests/training/test_trainer.py")
+DOCUMENTS, PACKING = "nvlm_runtime/training/documents.py", "nvlm_runtime/training/packing.py"
+SOURCE, TRAINER = "nvlm_runtime/training/source.py", "nvlm_runtime/training/trainer.py"
+OPTIMIZER, PROMPT = "nvlm_runtime/training/optimizer.py", "nvlm_runtime/prompt.py"
+ATTENTION = "nvlm_runtime/attention.py"
+MUTATIONS = [
+    (DOCUMENTS, "tuple(labels[1:])", "tuple(labels[:-1])", "labels are the tokens themselves"),
+    (PROMPT, "writer.answers.append((start, ", "writer.answers.append((start - 1, ", "the prefix's newline is learnt"),
+    (PACKING, "layout.intervals + key", "layout.intervals", "a packed document sees the first one's images"),
+    (PACKING, "slot + at for slot", "slot for slot", "image tokens go into the first document"),
+    (
+        ATTENTION,
+        "self.intervals[row, start:end, 0] = start",
+        "self.intervals[row, start:end, 0] = 0",
+        "positions go on through a row",
+    ),
+    (
+        ATTENTION,
+        "self._pieces += [(True, end - start) for start, end in spans]",
+        "self._pieces += [(True, spans[-1][1])] if spans else []",
+        "documents of a row see each other",
+    ),
+    (
+        TRAINER,
+        "loss = self.loss(batch) / max(1, learnt)",
+        "loss = self.loss(batch) / max(1, int((batch.labels != IGNORE).sum()))",
+        "micro-batches count alike",
+    ),
+    (
+        SOURCE,
+        "                if given <= skip:\n",
+        "                if given < skip:\n",
+        "a resumed run reads a batch again",
+    ),
+    (OPTIMIZER, "recipe.decay_norms_and_gates or p.dim() > 1", "True", "trap 32: gates and norms decay"),
+    (OPTIMIZER, "grad if master.grad is None else master.grad.add_(grad)", "grad", "only the last micro-batch counts"),
+    (TRAINER, "        self._cut_metrics()\n", "", "lines of lost steps stay"),
+    (
+        TRAINER,
+        "with torch.set_grad_enabled(self._tower_learns):",
+        "with torch.set_grad_enabled(False):",
+        "the tower never learns",
+    ),
+]
