@@ -13,12 +13,19 @@ def _bytes(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """None where the kernel does not tell. What earlier calls freed is given back first, so that it is not hidden."""
+def resident_bytes() -> int | None:
+    """What is resident now, what was freed being given back first. None where the kernel does not tell."""
     if not STATUS.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    before = _bytes("VmRSS")
+    return _bytes("VmRSS")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int | None:
+    """None where the kernel does not tell. What earlier calls freed is given back first, so that it is not hidden."""
+    before = resident_bytes()
+    if before is None:
+        return None
     try:
         CLEAR.write_text("5")  # the peak starts anew from here
     except OSError:

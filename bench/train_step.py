@@ -7,39 +7,37 @@ H over one decoder and the same pictures of six tiles and a thumbnail, as the NV
 `plan`: the three with recomputed activations in four rows of 1,024 tokens, their memory beside what `nvlm plan` says.
 
 Every contestant is a process of its own, so that memory is its own; they take turns in each round. Documents a second,
-and MB resident above what was before the step, at the most; medians with 20th and 80th percentile. A small tower of
-128-pixel tiles (64 tokens each), a decoder of 8 layers with a vocabulary of 32,768; random weights, fp32.
+and MB resident at the most: of a step, above what was before it (gradients and activations), and of the run, above what
+was before its first step (with the optimizer). Medians with 20th and 80th percentile; ratios are of a round's turns,
+which are of the same documents. Waiting for data is counted over steps without a pause, for batches are made during
+others' turns too. A small tower of 128-pixel tiles (64 tokens each), a decoder of 8 layers with a vocabulary of 32,768;
+random weights, fp32.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from bench.report import table, write
-from bench.resident import peak_bytes
+from bench.report import RESULTS, table, write
 from bench.synthetic import full_tokenizer, random_model
+from bench.train_contestants import PLANNED_ROWS, SEQ_LEN, Contestant, Figures
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
 from nvlm_runtime.micro.document import GRIDS, WORDS
 from nvlm_runtime.plan import Request, find_device, plan_model
 from nvlm_runtime.presets import MICRO_TEXT, MICRO_VISION
-from nvlm_runtime.training.documents import IGNORE
-from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
-from nvlm_runtime.training.source import Source
-from nvlm_runtime.training.trainer import Trainer
+from nvlm_runtime.profile import check_matplotlib
+from nvlm_runtime.training.recipe import trained_parts
 from nvlm_runtime.weights import save
 
 PARTS = ("loop", "variants", "plan")
@@ -54,8 +52,8 @@ TEXT = replace(
     num_key_value_heads=2,
     max_position_embeddings=4096,
 )
-SEQ_LEN, PLANNED_ROWS = 1024, 4
-TARGETS = {"documents_per_s": 1.5, "memory_mb": 0.6}  # of the trainer's against the loop's
+# of the trainer's against the loop's
+TARGETS = {"documents_per_s": ("at least", 1.5), "memory_mb": ("at most", 0.6), "memory_of_run_mb": ("at most", 0.6)}
 
 
 def model_config(variant: str) -> NVLMConfig:
@@ -95,124 +93,24 @@ def write_rows(folder: Path, num: int, all_pictures: bool, seed: int = 0) -> Pat
     return path
 
 
-def trainer_of(variant: str, folder: Path, rows: Path, documents: int | None, packed: bool) -> Trainer:
-    """A trainer whose every step is the next `documents` rows of the file, in one micro-batch. None: PLANNED_ROWS full
-    rows of tokens, activations made again.
-    """
-    recipe = Recipe(
-        model=str(folder),
-        out=str(folder / "run"),
-        data=(Blend("rows", str(rows)),),
-        variant=variant,
-        train=trained_parts(variant, "sft"),
-        steps=10_000,
-        lr=1e-4,
-        lr_min=0.0,
-        warmup=1,
-        rows=documents or PLANNED_ROWS,
-        seq_len=SEQ_LEN,
-        recompute=documents is None,
-        decay_norms_and_gates=True,  # as the plain loop's AdamW does
-    )
-    trainer = Trainer(recipe, log=lambda line: None)
-    if documents is None:
-        return trainer
-    old = trainer.source
-    old.close()
-    trainer.source = Source(
-        old.datasets,
-        old.tokenizer,
-        old.config,
-        rows=documents,
-        seq_len=SEQ_LEN,
-        packed=packed,
-        window=documents,
-    )
-    return trainer
-
-
-def plain_loop(trainer: Trainer) -> Callable[[], dict[str, float]]:
-    """A step as tutorials write it, on the trainer's model and data."""
-    model, learns = trainer.model, list(trainer.learns.values())
-    adam = torch.optim.AdamW(learns, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05)
-
-    def step() -> dict[str, float]:
-        began = time.perf_counter()
-        batch = next(trainer.source)
-        with torch.no_grad():
-            features = [trainer._features(tiles) for tiles in batch.pixel_values]
-        hidden = model(batch.input_ids, batch.layouts, features)
-        logits = model.language_model.logits(hidden)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learns, 1.0)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
-        return {
-            "seconds": time.perf_counter() - began,
-            "documents": batch.num_documents,
-            "tokens": batch.num_tokens,
-            "loss": loss.item(),
-        }
-
-    return step
-
-
-def packed_loop(trainer: Trainer) -> Callable[[], dict[str, float]]:
-    def step() -> dict[str, float]:
-        done = trainer.step()
-        return {name: getattr(done, name) for name in ("seconds", "documents", "tokens", "loss")}
-
-    return step
-
-
-def with_peak(step: Callable[[], dict[str, float]]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    memory = peak_bytes(lambda: found.update(step()))
-    return found | {"memory": memory}
-
-
-def serve(
-    pipe: Connection, variant: str, folder: Path, rows: Path, documents: int | None, packed: bool, threads: int
-) -> None:
-    """A contestant's process: "step" and "peak" are each answered with a step's figures; anything else ends it."""
-    torch.set_num_threads(threads)
-    trainer = trainer_of(variant, folder, rows, documents, packed)
-    step = packed_loop(trainer) if packed else plain_loop(trainer)
-    while (order := pipe.recv()) in ("step", "peak"):
-        pipe.send(step() if order == "step" else with_peak(step))
-    trainer.source.close()
-
-
-class Contestant:
-    """A process that trains when it is told to."""
-
-    def __init__(self, *args: Any):
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, *args), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, order: str) -> dict[str, float]:
-        self.pipe.send(order)
-        return self.pipe.recv()
-
-    def end(self) -> None:
-        self.pipe.send("end")
-        self.process.join()
-
-
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     found = statistics.quantiles(values, n=10, method="inclusive")
     return found[1], found[4], found[7]
 
 
-def measure(part: str, rounds: int, documents: int, threads: int, variant: str) -> list[dict[str, Any]]:
-    """A row a contestant. rounds: of times, after one that is not counted, and half as many again of memory."""
+def measure(
+    part: str, rounds: int, documents: int, threads: int, variant: str, recompute: bool = False
+) -> list[dict[str, Any]]:
+    """A row a contestant. rounds: of times, after steps without a pause, and half as many again, two at least, of
+    memory. recompute: the trainer's activations are made again, as they always are in the part plan.
+    """
     packed = {"trainer": True, "plain loop": False} if part == "loop" else dict.fromkeys(VARIANTS, True)
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in packed}
-    peaks: dict[str, list[float]] = {name: [] for name in packed}
+    times: dict[str, list[Figures]] = {name: [] for name in packed}
+    peaks: dict[str, list[Figures]] = {name: [] for name in packed}
+    pauseless: dict[str, Figures] = {}
+    few = max(2, (rounds + 1) // 2)
+    again = {name: ours and (recompute or part == "plan") for name, ours in packed.items()}
+    load = os.getloadavg()[0]  # of a minute before: who else was at work
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_rows(folder, 4 * documents, all_pictures=part != "loop")
@@ -223,18 +121,30 @@ def measure(part: str, rounds: int, documents: int, threads: int, variant: str) 
             save(random_model(model_config(made), torch.float32), model)
             full_tokenizer(TEXT.vocab_size).save(model)
             num = None if part == "plan" else documents
-            contestants[name] = Contestant(made, model, rows, num, packed[name], threads)
-        for turn in range(1 + rounds + (rounds + 1) // 2):
-            for name, contestant in contestants.items():
-                found = contestant.ask("step" if turn <= rounds else "peak")
-                if 1 <= turn <= rounds:
-                    times[name].append(found)
-                elif turn and found["memory"] is not None:
-                    peaks[name].append(found["memory"] / 1e6)
+            contestants[name] = Contestant(made, model, rows, num, packed[name], again[name], threads)
+        for name, contestant in contestants.items():
+            pauseless[name] = contestant.ask("step" if part == "plan" else few)
+        for found, order, num in ((times, "step", rounds), (peaks, "peak", few)):
+            for _ in range(num):
+                for name, contestant in contestants.items():
+                    found[name].append(contestant.ask(order))
         for contestant in contestants.values():
             contestant.end()
-    found = [_row(part, name, made, peaks[name]) for name, made in times.items()]
-    return [row | {"planned_mb": planned_mb(row["contestant"])} for row in found] if part == "plan" else found
+    rows = [
+        {"part": part, "contestant": name, "load": load, "recompute": again[name]}
+        | _row(times[name], peaks[name], pauseless[name])
+        for name in packed
+    ]
+    for row in rows:
+        row["ratio"] = _ratio(row, rows[-1] if part == "loop" else rows[0])
+        if part == "loop":
+            pairs = zip(row["losses"], rows[-1]["losses"], strict=True)
+            row["loss_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        if part == "variants":
+            row["paper_ratio"] = PAPER[row["contestant"]] / PAPER["d"]
+        if part == "plan":
+            row |= {"planned_mb": planned_mb(row["contestant"]), "waited": None}
+    return rows
 
 
 def planned_mb(variant: str) -> float:
@@ -244,82 +154,98 @@ def planned_mb(variant: str) -> float:
     return sum(count for name, count in plan.bytes.items() if name not in ("weights", "optimizer")) / 1e6
 
 
-def _row(part: str, name: str, steps: list[dict[str, float]], peaks: list[float]) -> dict[str, Any]:
-    speeds = percentiles([step["documents"] / step["seconds"] for step in steps])
-    memory = percentiles(peaks) if len(peaks) > 1 else (peaks * 3 if peaks else (None,) * 3)
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return dict.fromkeys(("p20", "p50", "p80"))
+    return dict(zip(("p20", "p50", "p80"), percentiles(values) if len(values) > 1 else 3 * [*values]))
+
+
+def _row(steps: list[Figures], peaks: list[Figures], pauseless: Figures) -> dict[str, Any]:
     documents = sum(step["documents"] for step in steps)
+    turns = {
+        "documents_per_s": [step["documents"] / step["seconds"] for step in steps],
+        "memory_mb": [peak["memory"] / 1e6 for peak in peaks if peak["memory"] is not None],
+        "memory_of_run_mb": [peak["memory_of_run"] / 1e6 for peak in peaks if peak["memory"] is not None],
+        "tokens_a_document": [step["tokens"] / step["documents"] for step in steps],
+    }
+    kept = {name: [step[name] for step in steps if name in step] for name in ("learnt", "texts", "pictures")}
     return {
-        "part": part,
-        "contestant": name,
         "rounds": len(steps),
         "documents": documents,
         "losses": [step["loss"] for step in steps],
+        **kept,
         "mean_tokens": sum(step["tokens"] for step in steps) / documents,
-        "documents_per_s": dict(zip(("p20", "p50", "p80"), speeds)),
-        "memory_mb": dict(zip(("p20", "p50", "p80"), memory)),
+        **{name: _spread(values) for name, values in turns.items()},
+        "turns": turns,
+        "waited": pauseless["waited"] / pauseless["seconds"],
     }
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of medians: the trainer's over the loop's, each variant's over NVLM-D's, and the paper's speeds so."""
-    by_name = {row["contestant"]: row for row in rows}
-    base = by_name["plain loop" if "plain loop" in by_name else "d"]
-    found = {}
-    for name, row in by_name.items():
-        if row is base:
-            continue
-        found[name] = {
-            key: row[key]["p50"] / base[key]["p50"] for key in TARGETS if row[key]["p50"] and base[key]["p50"]
-        }
-        if name in PAPER:
-            found[name]["paper_documents_per_s"] = PAPER[name] / PAPER["d"]
-    return found
+def _ratio(row: dict[str, Any], base: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """A contestant's against another's in the same turn."""
+    pairs = {name: zip(values, base["turns"][name], strict=True) for name, values in row["turns"].items()}
+    return {name: _spread([ours / theirs for ours, theirs in found]) for name, found in pairs.items()}
+
+
+def _cell(values: dict[str, float | None], times: str = "") -> str | None:
+    if values["p50"] is None:
+        return None
+    p20, p50, p80 = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values.values())
+    return f"{p50}{times} ({p20}-{p80})"
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    def spread(values: dict[str, float | None]) -> str:
-        return "-" if values["p50"] is None else "{p50:.3g} ({p20:.3g}-{p80:.3g})".format(**values)
-
-    head = (
-        "",
-        "documents/s",
-        "MB a step",
-        "tokens a document",
-        "speed",
-        "memory",
-        "paper's speed",
-        "planned",
-    )
-    found, cells = ratios(rows), []
+    """The rows of a part."""
+    columns = {
+        "documents/s": "documents_per_s",
+        "MB a step": "memory_mb",
+        "MB of the run": "memory_of_run_mb",
+        "tokens a document": "tokens_a_document",
+    }
+    compared = {"speed": "documents_per_s", "memory": "memory_mb", "of the run": "memory_of_run_mb"}
+    cells = []
     for row in rows:
-        ratio = found.get(row["contestant"], {})
         cells.append(
             [
                 row["contestant"],
-                spread(row["documents_per_s"]),
-                spread(row["memory_mb"]),
-                round(row["mean_tokens"]),
-                *(f"{ratio[key]:.2f}x" if key in ratio else None for key in (*TARGETS, "paper_documents_per_s")),
+                *(_cell(row[key]) for key in columns.values()),
+                None if row["waited"] is None else f"{row['waited']:.2%}",
+                *(_cell(row["ratio"][key], "x") for key in compared.values()),
+                f"{row['paper_ratio']:.2f}x" if "paper_ratio" in row else None,
                 row.get("planned_mb"),
             ]
         )
-    return table(head, cells)
+    found = table(("", *columns, "waiting", *compared, "paper's speed", "planned"), cells)
+    return "\n".join((found, *(targets(rows[0]) if rows[0]["part"] == "loop" else ())))
+
+
+def targets(row: dict[str, Any]) -> list[str]:
+    """How far the trainer's losses were from the loop's; its ratios, each beside what was wanted of it."""
+    lines = [f"losses: {row['loss_difference']:.1g} apart at the most, as a share of the loop's"]
+    for key, (side, wanted) in TARGETS.items():
+        ratio = row["ratio"][key]
+        if ratio["p50"] is None:
+            lines.append(f"{key}: not measured, wanted {side} {wanted}x")
+            continue
+        met = ratio["p50"] >= wanted if side == "at least" else ratio["p50"] <= wanted
+        lines.append(f"{key}: {_cell(ratio, 'x')}, wanted {side} {wanted}x: {'met' if met else 'missed'}")
+    return lines
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speeds of the variants, NVLM-D's being 1, beside the paper's. Needs matplotlib."""
+    """Speeds of the variants, NVLM-D's being 1, beside the paper's. ValueError without matplotlib."""
+    check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from bench.chart import COLOURS
 
-    by_name = {row["contestant"]: row["documents_per_s"] for row in rows if row["part"] == "variants"}
-    base = by_name["d"]["p50"]
+    by_name = {row["contestant"]: row["ratio"]["documents_per_s"] for row in rows if row["part"] == "variants"}
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for at, name in enumerate(by_name):
-        ours = {key: value / base for key, value in by_name[name].items()}
+        ours = by_name[name]
         spread = [[ours["p50"] - ours["p20"]], [ours["p80"] - ours["p50"]]]
         first = {"label": "this bench"} if not at else {}
         second = {"label": "paper, table 3"} if not at else {}
@@ -338,9 +264,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variant", choices=VARIANTS, default="d", help="of the part loop (default: %(default)s)")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--documents", type=int, default=16, help="of a step (default: %(default)s)")
+    made.add_argument("--recompute", action="store_true", help="the trainer's activations are made again, in all parts")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, help="default: bench/results/train_step.json, where all parts are run")
-    made.add_argument("--png", type=Path, help="the variants' speeds as bars (needs matplotlib)")
+    made.add_argument("--png", type=Path, help="the variants' speeds as bars (needs matplotlib); default: as --json")
     return made
 
 
@@ -348,13 +275,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.rounds < 2 or args.documents < 2 or args.threads < 1:
         parser().error("--rounds and --documents must be at least 2, --threads at least 1")
+    if args.png and "variants" not in args.only:
+        parser().error("--png draws the part variants, which --only leaves out")
+    some = len(set(args.only)) < len(PARTS)
+    if not args.json and not some:
+        args.png = args.png or RESULTS / "train_step.png"
+    if args.png:
+        try:
+            check_matplotlib()
+        except ValueError as error:
+            parser().error(str(error))
     rows = []
-    for part in args.only:
-        rows += (found := measure(part, args.rounds, args.documents, args.threads, args.variant))
-        print(f"{part}\n{show(found)}\n", flush=True)
-    if args.png and "variants" in args.only:
+    for part in dict.fromkeys(args.only):
+        rows += (found := measure(part, args.rounds, args.documents, args.threads, args.variant, args.recompute))
+        print(f"{part}, load {found[0]['load']:.1f} before\n{show(found)}\n", flush=True)
+    write(args.json, "train_step", rows, some)
+    if args.png:
         draw(rows, args.png)
-    write(args.json, "train_step", rows, some=len(args.only) < len(PARTS))
     return 0
 
 

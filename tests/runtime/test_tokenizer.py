@@ -57,7 +57,15 @@ def test_golden_ids(text):
 def test_special_ids_follow_the_ranks():
     qwen = qwen_tokenizer()
     assert [qwen.special(name) for name in QWEN2_SPECIALS] == list(range(151643, 151657))
-    assert qwen.special("<|vision_pad|>") == 151654
+    published = {
+        "endoftext": 151643,
+        "im_start": 151644,
+        "im_end": 151645,
+        "vision_start": 151652,
+        "vision_end": 151653,
+    }
+    published |= {"vision_pad": 151654, "image_pad": 151655, "video_pad": 151656}
+    assert {name: qwen.special(f"<|{name}|>") for name in published} == published
     assert qwen.vocab_size == 151657
 
 
