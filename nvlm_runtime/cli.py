@@ -40,7 +40,7 @@ def _style_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parallel_options(parser: argparse.ArgumentParser) -> None:
+def _tp_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, metavar="N", help="split the model over N processes, one a GPU")
     parser.add_argument(
         "--tp-timeout",
@@ -49,6 +49,10 @@ def _parallel_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="with --tp: seconds to wait for a rank before all end (default: %(default)s)",
     )
+
+
+def _parallel_options(parser: argparse.ArgumentParser) -> None:
+    _tp_options(parser)
     parser.add_argument(
         "--vision-split",
         choices=("tiles", "heads"),
@@ -162,6 +166,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    _tp_options(parser)
     micro = parser.add_argument_group("micro", "a micro model from seeds")
     micro.add_argument("--variant", choices=("d", "x", "h"))
     micro.add_argument("--seed", type=int, help="(default: 0)")
@@ -182,6 +187,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     )
     _model_options(parser, None)
     _style_option(parser)
+    _parallel_options(parser)
     parser.add_argument("--data", nargs="+", metavar="FILE", help="the benchmark's files, or a folder of them")
     parser.add_argument("--answers", metavar="FILE", help="vqav2: its annotations")
     parser.add_argument("--images", metavar="FOLDER", help="of the pictures (default: as published, beside the data)")

@@ -114,6 +114,21 @@ class Group:
             return rows
         return _ShareGradient.apply(rows, self, at, num)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of the ranks' x, element by element, without a gradient."""
+        return x if self.size == 1 else torch.stack(self.all_gather(x.detach())).amax(0)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """On rank 0 all ranks' parts of x, bit for bit, each zero where another's is not. Elsewhere nothing of use."""
+        if self.handle is not None:
+            dist.reduce(x.view(torch.uint8), group=self.handle, group_dst=0)
+        return x
+
+    def wait(self) -> None:
+        """Returns when all ranks are here."""
+        if self.handle is not None:
+            dist.barrier(self.handle)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums over the ranks, in place."""
         if self.handle is not None:

@@ -50,7 +50,8 @@ class Entry:
     """One tensor of a file and what this rank holds of it.
 
     shape: in the file. axis: the one that is cut; None where the parameter is the tensor. pieces: of that axis; what of
-    the parameter no entry fills is zero. padding: [start, end) of the axis that must be zero in the file.
+    the parameter no entry fills is zero. padding: [start, end) of the axis that must be zero in the file. copies: ranks
+    that hold the same, one after the other.
     """
 
     parameter: str
@@ -58,6 +59,7 @@ class Entry:
     axis: int | None = None
     pieces: tuple[Piece, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
+    copies: int = 1
 
 
 Span = tuple[int, int]
@@ -85,7 +87,34 @@ def file_entries(model: NVLMModel) -> dict[str, Entry]:
         part = parameter.split(".")[0]
         entries_of = {"vision_model": _vision_entries, "mlp1": _projector_entries}.get(part, _decoder_entries)
         entries |= entries_of(model, parameter, tuple(tensor.shape))
+    if model.group.size > 1:
+        entries = {name: replace(entry, copies=_copies(model, name, entry)) for name, entry in entries.items()}
     return entries
+
+
+def _copies(model: NVLMModel, name: str, entry: Entry) -> int:
+    size = model.group.size
+    is_whole_tower = name.startswith("vision_model.") and not isinstance(model.shard.vision, VisionShard)
+    if entry.axis is None or is_whole_tower:
+        return size
+    is_of_kv_heads = name.split(".")[-2] in ("k_proj", "v_proj")
+    return max(1, size // model.config.text.num_key_value_heads) if is_of_kv_heads else 1
+
+
+def square_norm(model: NVLMModel, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The sum of squares, fp64, of something that all ranks hold as they hold parameters of these names: of each number
+    of the whole model once, on every rank.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for entry in file_entries(model).values():
+        tensor = tensors.get(entry.parameter)
+        if tensor is None:
+            continue
+        parts = [tensor] if entry.axis is None else [tensor.narrow(entry.axis, p.at, p.size) for p in entry.pieces]
+        total = total.to(tensor.device)
+        for part in parts:
+            total += part.square().sum(dtype=torch.float64) / entry.copies
+    return model.group.all_reduce(total)
 
 
 def _cut(parameter: str, shape: tuple[int, ...], axis: int, length: int, start: int, end: int) -> Entry:
@@ -382,16 +411,17 @@ def save(
 
     dtype: of the files, the parameters' own when None. run_dtype: what config.json asks a loader to compute in, the
     files' when None. Every file is written under a temporary name first. An index and shards that stood in the
-    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Raises ValueError
-    for a quantised model and for one with adapters: the layout has no place for them.
+    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Of a group every
+    rank calls this, and rank 0 writes. Raises ValueError for a quantised model and for one with adapters: the layout
+    has no place for them.
     """
-    if model.group.size > 1:
-        raise ValueError("save: expected a whole model, got one rank's share of a group")
     if any(".lora_A." in name for name, _ in model.named_parameters()):
         raise ValueError("save: the model holds adapters: merge them first, or save them alone (save_lora)")
     if any(buffer.dtype == torch.int8 for buffer in model.buffers()):
         raise ValueError("save: expected floating weights, got a quantised model: save it before quantize_vision")
-    folder.mkdir(parents=True, exist_ok=True)
+    writes = model.group.rank == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
     entries = file_entries(model)
     dtype = dtype or next(iter(parameters.values())).dtype
@@ -411,10 +441,19 @@ def save(
     )
     total = 0
     for file, shard in zip(names, shards, strict=True):
-        tensors = {name: _to_file(parameters[entries[name].parameter], entries[name], dtype) for name in shard}
+        tensors = {}
+        for name in shard:
+            tensor = _to_file(parameters[entries[name].parameter], entries[name], dtype, model.group)
+            if writes:
+                tensors[name] = tensor.cpu()
+        if not writes:
+            continue
         total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
         (folder / f"{file}.partial").rename(folder / file)
+    model.group.wait()
+    if not writes:
+        return
     run_dtype = str(run_dtype or dtype).removeprefix("torch.")
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -433,14 +472,14 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     partial.rename(path)
 
 
-def _to_file(parameter: Tensor, entry: Entry, dtype: torch.dtype) -> Tensor:
-    """The file's tensor of a whole model, what is padding zero."""
-    tensor = parameter.detach().to("cpu", dtype)
+def _to_file(parameter: Tensor, entry: Entry, dtype: torch.dtype, group: Group) -> Tensor:
+    """The file's tensor, what is padding zero: on rank 0, from all ranks."""
+    tensor = parameter.detach().to(dtype)
     if entry.axis is None:
         return tensor.contiguous().clone()
     whole = tensor.new_zeros(entry.shape)
     num = len(entry.shape)
-    for piece in entry.pieces:
+    for piece in entry.pieces if group.rank % entry.copies == 0 else ():
         part = tensor[_range(num, entry.axis, piece.at, piece.at + piece.size)]
         whole[_range(num, entry.axis, piece.start, piece.end)] = part
-    return whole
+    return group.collect(whole) if entry.copies < group.size else whole

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -88,8 +89,8 @@ def _samples(args: argparse.Namespace, task: Task) -> list[Sample]:
         raise ValueError(f"eval {args.task} needs --data: {task.files}")
     if not args.model and not args.rescore:
         raise ValueError(f"eval {args.task} needs --model, or --rescore with --predictions")
-    if args.rescore and (args.resume or not args.predictions):
-        raise ValueError("--rescore needs --predictions FILE, and excludes --resume")
+    if args.rescore and (args.resume or args.tp or not args.predictions):
+        raise ValueError("--rescore needs --predictions FILE, and excludes --resume and --tp")
     for name in ("limit", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -114,6 +115,7 @@ def _answered(args: argparse.Namespace, task: Task, samples: Sequence[Sample], p
     if len(records) == len(samples):
         return records
     model = load_model(args)
+    writes = model.model.group.rank == 0
     stream = answers(
         model, samples[len(records) :], batch=args.batch or 8, max_new_tokens=params.max_new_tokens, style=args.style
     )
@@ -122,8 +124,10 @@ def _answered(args: argparse.Namespace, task: Task, samples: Sequence[Sample], p
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), now)
     try:
         with (
-            append_to(path, settings) as file,
-            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+            append_to(path, settings) if writes else nullcontext() as file,
+            Progress(
+                *columns, console=console, transient=True, disable=not (console.is_terminal and writes)
+            ) as progress,
         ):
             bar = progress.add_task("", total=len(samples), completed=len(records), now="")
             total = sum(record["score"] for record in records)
@@ -131,14 +135,16 @@ def _answered(args: argparse.Namespace, task: Task, samples: Sequence[Sample], p
                 record = scored(
                     sample, output.text, finish_reason=output.finish_reason, num_tokens=len(output.token_ids)
                 )
-                append(file, record)
+                if file:
+                    append(file, record)
                 records.append(record)
                 total += record["score"]
                 progress.update(bar, advance=1, now=f"{total / len(records):.1%} {task.metric}")
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} ({len(records)} of {len(samples)} predictions are kept in {path})") from error
     except KeyboardInterrupt:
-        print(f"\n{len(records)} of {len(samples)} predictions are in {path}: --resume goes on", file=sys.stderr)
+        if writes:
+            print(f"\n{len(records)} of {len(samples)} predictions are in {path}: --resume goes on", file=sys.stderr)
         raise
     finally:
         stream.close()

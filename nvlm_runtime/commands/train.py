@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nvlm_runtime.devices import peak_flops
 from nvlm_runtime.micro.train import Sizes, train_micro
+from nvlm_runtime.ranks import in_group, join, wait_for_loading
 from nvlm_runtime.training.plot import check_matplotlib, draw_metrics
 from nvlm_runtime.training.recipe import Recipe, read_recipe
 from nvlm_runtime.training.trainer import METRICS, Step, Trainer
@@ -20,26 +22,32 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.recipe == "micro":
+        if args.tp or in_group():
+            raise ValueError("nvlm train micro runs in one process: the models are too small to share out")
         return _micro(args)
     if wrong := [f"--{name.replace('_', '-')}" for name in MICRO_OPTIONS if getattr(args, name) is not None]:
         raise ValueError(f"{', '.join(wrong)}: for `nvlm train micro` alone; a recipe's values are changed with --set")
     recipe = read_recipe(args.recipe, args.set)
     if recipe.plot:
         check_matplotlib()
-    writer = _tensorboard(recipe)
-    console = Console(stderr=True)
-    trainer = Trainer(recipe, args.resume, args.device, lambda line: console.print(line, markup=False, highlight=False))
+    group, device = join(args.device, args.tp, args.tp_timeout)
+    speaks = group.rank == 0
+    writer = _tensorboard(recipe) if speaks else None
+    console = Console(stderr=True, quiet=not speaks)
+    log = partial(console.print, markup=False, highlight=False)
+    trainer = Trainer(recipe, args.resume, device, log, group)
+    wait_for_loading(group)
     peak = peak_flops(trainer.device, getattr(torch, recipe.precision))
     try:
         with _bar(console, recipe, trainer.next_step) as bar:
             code = trainer.run(_shower(recipe, console, bar, writer, peak))
     finally:
         metrics = Path(recipe.out) / METRICS
-        if recipe.plot and metrics.is_file() and metrics.stat().st_size:
+        if speaks and recipe.plot and metrics.is_file() and metrics.stat().st_size:
             draw_metrics(metrics, metrics.with_suffix(".png"))
         if writer is not None:
             writer.close()
-    if code:
+    if code and speaks:
         print(f"nvlm: stopped after step {trainer.next_step}; --resume goes on from there", file=sys.stderr)
     return code
 

@@ -14,12 +14,17 @@ NO_PRODUCT = ("embed_tokens.", "class_embedding", "position_embedding")  # looke
 
 
 def step_flops(model: NVLMModel, batch: Packed) -> int:
-    """Of one micro-batch, forward and backward."""
+    """Of one micro-batch, forward and backward; of a group a rank's own share."""
     return linear_flops(model, batch) + attention_flops(model, batch)
 
 
 def _tiles(batch: Packed) -> int:
     return sum(len(tiles) for tiles in batch.pixel_values)
+
+
+def _encoded(model: NVLMModel, batch: Packed) -> int:
+    """Tiles that this rank encodes."""
+    return -(-_tiles(batch) // model.vision_model.tile_group.size)
 
 
 def _tower_learns(model: NVLMModel) -> bool:
@@ -28,12 +33,12 @@ def _tower_learns(model: NVLMModel) -> bool:
 
 def linear_flops(model: NVLMModel, batch: Packed) -> int:
     """Products with weights."""
-    vision, tiles = model.config.vision, _tiles(batch)
+    vision, tiles = model.config.vision, _encoded(model, batch)
     keys = sum(layout.cross_length for layout in batch.layouts)
     rows = {  # how many vectors are multiplied with a weight of these names
         "patch_embedding": tiles * vision.num_patches,
         "vision_model.": tiles * (vision.num_patches + 1),
-        "mlp1.": tiles * model.config.tokens_per_tile,
+        "mlp1.": _tiles(batch) * model.config.tokens_per_tile,
         "cross_attn.k_proj": keys,
         "cross_attn.v_proj": keys,
         "lm_head": int((batch.labels != IGNORE).sum()),
@@ -56,8 +61,9 @@ def linear_flops(model: NVLMModel, batch: Packed) -> int:
 
 def attention_flops(model: NVLMModel, batch: Packed) -> int:
     """Queries with keys, and weights with values: of the tower, of the decoder's tokens, of what they see of images."""
-    vision, text, cross = model.config.vision, model.config.text, model.config.cross
-    tower = _tiles(batch) * 4 * (vision.num_patches + 1) ** 2 * vision.hidden_size * vision.num_hidden_layers
+    vision, text, cross = model.shard.vision, model.shard.text, model.config.cross
+    tower_width = vision.num_attention_heads * vision.head_dim
+    tower = _encoded(model, batch) * 4 * (vision.num_patches + 1) ** 2 * tower_width * vision.num_hidden_layers
     width = text.num_attention_heads * text.head_dim
     seen = sum((end - start) * (end - start + 1) // 2 for row in batch.documents for start, end in row)
     decoder = 4 * seen * width * text.num_hidden_layers

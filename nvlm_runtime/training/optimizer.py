@@ -5,7 +5,7 @@ fp32 a parameter is its own master. Weight decay leaves vectors alone (norms, bi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,17 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 class Optimizer:
-    """parameters: what learns, by name."""
+    """parameters: what learns, by name. square_norm: of gradients by name, those of other ranks included; None where
+    there are none.
+    """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: Recipe):
-        self.recipe, self.parameters = recipe, dict(parameters)
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        recipe: Recipe,
+        square_norm: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    ):
+        self.recipe, self.parameters, self.square_norm = recipe, dict(parameters), square_norm
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if parameter.dtype == torch.float32:
@@ -57,8 +64,7 @@ class Optimizer:
 
         Raises ValueError where the norm is not finite; nothing has moved then.
         """
-        masters = list(self.masters.values())
-        norm = nn.utils.clip_grad_norm_(masters, self.recipe.clip).item()
+        norm = self._clip()
         if not math.isfinite(norm):
             raise ValueError(
                 f"step {number + 1}: the gradients' norm is {norm}: a smaller lr, or data that is not broken"
@@ -73,6 +79,15 @@ class Optimizer:
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.masters[name])
         return rate, norm
+
+    def _clip(self) -> float:
+        masters, clip = list(self.masters.values()), self.recipe.clip
+        if self.square_norm is None:
+            return nn.utils.clip_grad_norm_(masters, clip).item()
+        grads = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
+        norm = self.square_norm(grads).sqrt().float()
+        nn.utils.clip_grads_with_norm_(masters, clip, norm)
+        return norm.item()
 
     def state_dict(self) -> dict[str, Any]:
         """Masters by name, and AdamW's own."""

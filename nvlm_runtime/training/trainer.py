@@ -2,7 +2,8 @@
 
 A step is `accumulate` micro-batches, whose loss is the mean over all learnt tokens of the step: as one large batch.
 The place in the data, the optimizer and the random numbers are part of a checkpoint, so a run that is continued has
-the bits of one that was never stopped.
+the bits of one that was never stopped. Of a tensor-parallel group every rank reads the same rows, learns what it holds,
+and writes that into the run's checkpoints; rank 0 writes everything else.
 """
 
 import json
@@ -11,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.parallel import SOLO, Group
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from nvlm_runtime.training.documents import IGNORE
@@ -32,7 +34,7 @@ from nvlm_runtime.training.packing import Packed
 from nvlm_runtime.training.recipe import Recipe
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.source import Dataset, Source
-from nvlm_runtime.weights import load, save, write_json
+from nvlm_runtime.weights import load, save, square_norm, write_json
 
 METRICS = "metrics.jsonl"
 
@@ -82,12 +84,23 @@ def freeze(model: NVLMModel, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
 class Trainer:
     """A run of a recipe. `resume`: from its newest whole checkpoint; without one in its folder, that is an error.
 
+    group: of ranks that share the model; a tower that learns is cut by heads, one that does not takes shares of tiles.
     Raises ValueError or OSError, before anything is written, for a model of another variant, for data that is not there
-    and for a folder that holds another run.
+    and for a folder that holds another run; in a group also for adapters and for ranks of other recipes.
     """
 
-    def __init__(self, recipe: Recipe, resume: bool = False, device: str = "cpu", log: Callable[[str], None] = print):
-        self.recipe, self.out, self.log = recipe, Path(recipe.out), log
+    def __init__(
+        self,
+        recipe: Recipe,
+        resume: bool = False,
+        device: str = "cpu",
+        log: Callable[[str], None] = print,
+        group: Group = SOLO,
+    ):
+        self.recipe, self.out, self.log, self.group = recipe, Path(recipe.out), log, group
+        group.check_same("the recipe", asdict(recipe))
+        if group.size > 1 and recipe.lora:
+            raise ValueError("recipe: adapters (lora) learn in one process; with --tp whole parts do")
         self.folder = self.out / "checkpoints"
         found = checkpoints(self.folder)
         if resume and not found:
@@ -97,7 +110,8 @@ class Trainer:
         base = checkpoint_folder(recipe.model)
         self.tokenizer = Tokenizer.load(base)
         dtype = getattr(torch, recipe.precision)
-        self.model, self.values = load(base, device, dtype)
+        split = "heads" if "vision" in recipe.train else "tiles"
+        self.model, self.values = load(base, device, dtype, group, split)
         if self.model.config.variant != recipe.variant:
             raise ValueError(
                 f"the recipe is for variant {recipe.variant}, {base} is NVLM-{self.model.config.variant.upper()}"
@@ -109,10 +123,11 @@ class Trainer:
             Dataset(blend.task, JsonLines(Path(blend.file), Path(blend.images) if blend.images else None), weight)
             for blend, weight in zip(recipe.data, recipe.weights, strict=True)
         ]
-        self.optimizer = Optimizer(self.learns, recipe)
+        norm = None if group.size == 1 else lambda gradients: square_norm(self.model, gradients)
+        self.optimizer = Optimizer(self.learns, recipe, norm)
         self.next_step, state = 0, None
         if resume:
-            state = self._restore(read_checkpoint(found[-1]))
+            state = self._restore(read_checkpoint(found[-1], group))
             log(f"goes on from {found[-1].name}")
         config = self.model.config
         if recipe.max_tiles is not None:
@@ -153,29 +168,43 @@ class Trainer:
         """All steps that are left, then the model into the run's folder. Returns 0, or 128 + the signal that stopped
         it: SIGTERM and Ctrl-C end the run after the step they came in, with a checkpoint.
 
-        show: told of every step. Raises ValueError where loss or gradients are not finite, and BadRow; the steps before
-        are in a checkpoint then.
+        show: told of every step. Raises ValueError where loss or gradients are not finite, and BadRow; the
+        steps before are in a checkpoint then. RuntimeError where another rank is gone: the last checkpoint is the one
+        before.
         """
-        recipe, saved = self.recipe, self.next_step
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "recipe.json", asdict(recipe))
+        recipe, saved, stopped = self.recipe, self.next_step, 0
+        if self.group.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "recipe.json", asdict(recipe))
         try:
-            with self._signals(), (self.out / METRICS).open("a", encoding="utf-8") as metrics:
-                while self.next_step < recipe.steps and self._signal is None:
+            with self._signals(), self._metrics() as metrics:
+                while self.next_step < recipe.steps and not (stopped := self._stopped()):
                     step = self.step()
-                    metrics.write(json.dumps(asdict(step)) + "\n")
-                    metrics.flush()
+                    if metrics:
+                        metrics.write(json.dumps(asdict(step)) + "\n")
+                        metrics.flush()
                     show(step)
                     if self.next_step % recipe.checkpoint_every == 0:
                         saved = self.checkpoint()
+        except RuntimeError:
+            if self.group.size > 1:
+                saved = self.next_step  # all ranks write a checkpoint, or none
+            raise
         finally:  # also behind a bad row or a loss that is not finite: the steps before it are kept
             self.source.close()
             if saved < self.next_step:
                 self.checkpoint()
-        if self._signal is not None and self.next_step < recipe.steps:
-            return 128 + self._signal
+        if stopped and self.next_step < recipe.steps:
+            return 128 + stopped
         self.export()
         return 0
+
+    def _metrics(self) -> Any:
+        return (self.out / METRICS).open("a", encoding="utf-8") if self.group.rank == 0 else nullcontext()
+
+    def _stopped(self) -> int:
+        """The signal that ends the run, whichever rank it came to; 0 before."""
+        return int(self.group.largest(torch.tensor(self._signal or 0, device=self.device)))
 
     def step(self) -> Step:
         """One step of the optimizer. Raises ValueError, with nothing moved, for a loss or gradients not finite."""
@@ -239,7 +268,7 @@ class Trainer:
             "source": json.dumps(self._place),
             "random": torch.get_rng_state(),
         }
-        write_checkpoint(self.folder, self.next_step, state, self.recipe.keep)
+        write_checkpoint(self.folder, self.next_step, state, self.recipe.keep, self.group)
         return self.next_step
 
     def _restore(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +285,7 @@ class Trainer:
     def _cut_metrics(self) -> None:
         """Lines of steps that will be made again."""
         path = self.out / METRICS
-        if path.is_file():
+        if self.group.rank == 0 and path.is_file():
             lines = [line for line in path.read_text("utf-8").splitlines() if _number(line) <= self.next_step]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in lines))
@@ -271,7 +300,8 @@ class Trainer:
             save_lora(self.model, self.out / "adapter", base=self.recipe.model)
             merge_lora(self.model)
         self.model.eval()
-        self.tokenizer.save(self.out)  # the model last: its config.json says that all is there
+        if self.group.rank == 0:
+            self.tokenizer.save(self.out)  # the model last: its config.json says that all is there
         save(self.model, self.out, run_dtype=getattr(torch, self.values.get("torch_dtype", self.recipe.precision)))
 
     @contextmanager
