@@ -311,7 +311,7 @@ def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
         tile_tags=section.choose("tile_tags", ("none", "1d", "grid", "bbox"), "1d"),
         thumbnail_tag=section.need("thumbnail_tag", str) if "thumbnail_tag" in values else thumbnail_tag,
         bos_token=section.need("bos_token", str) if values.get("bos_token") is not None else None,
-        projector_eps=section.need("projector_eps", float) if "projector_eps" in values else 1e-5,
+        projector_eps=section.need("projector_eps", float) if "projector_eps" in values else NVLMConfig.projector_eps,
     )
 
 

@@ -7,7 +7,7 @@ from nvlm_runtime.engine import NVLM
 from nvlm_runtime.evaluation.samples import Sample, opened
 from nvlm_runtime.image import TilePlan, grids
 from nvlm_runtime.prompt import Style, build_prompt
-from nvlm_runtime.request import Output
+from nvlm_runtime.request import Output, Prepared
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.serving import Engine
 
@@ -17,13 +17,25 @@ SEAM = 8  # tokens: text may be cut otherwise where a picture stands in it
 def answers(
     model: NVLM, samples: Sequence[Sample], *, batch: int, max_new_tokens: int, style: Style = "hf"
 ) -> Iterator[tuple[Sample, Output]]:
-    """Greedy answers, `batch` rows decoding at a time; each comes when it and all before it are complete.
+    """Greedy answers, `batch` rows decoding at a time; each comes when it and all before it are complete. Rows join and
+    leave the running batch; over several ranks, which must do the same at the same time, a batch ends before the next.
 
     ValueError that names the row for one that the model cannot be asked, as where its prompt is too long.
     """
     if not samples:
         return
     params = GenerationParams(max_new_tokens=max_new_tokens)
+    if model.model.group.size > 1:
+        for at in range(0, len(samples), batch):
+            some, prepared = samples[at : at + batch], []
+            for sample in some:
+                try:
+                    prepared.append(_prepare(model, sample, style))
+                    model.row(prepared[-1], params)  # refuses what the batch would
+                except (ValueError, OSError) as error:
+                    raise sample.row.error(str(error)) from error
+            yield from zip(some, model.generate_batch(prepared, params))
+        return
     max_pictures = max(len(sample.pictures) for sample in samples)
     waiting: deque = deque()
     with Engine(
@@ -35,15 +47,16 @@ def answers(
     ) as engine:
         for sample in samples:
             try:
-                prepared = engine.prepare(
-                    messages=sample.messages, images=[opened(source) for source in sample.pictures], style=style
-                )
-                waiting.append((sample, engine.submit(prepared, params)))
+                waiting.append((sample, engine.submit(_prepare(engine, sample, style), params)))
             except (ValueError, OSError) as error:
                 yield from _complete(waiting, 0)
                 raise sample.row.error(str(error)) from error
             yield from _complete(waiting, 2 * min(batch, len(samples)) - 1)
         yield from _complete(waiting, 0)
+
+
+def _prepare(model: NVLM | Engine, sample: Sample, style: Style) -> Prepared:
+    return model.prepare(messages=sample.messages, images=[opened(source) for source in sample.pictures], style=style)
 
 
 def _complete(waiting: deque, most: int) -> Iterator[tuple[Sample, Output]]:

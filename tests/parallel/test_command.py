@@ -1,5 +1,6 @@
 """`nvlm ask --tp`: real ranks, and what the others do when one dies or hangs."""
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_runtime.cli import main
+from tests.runtime.benchmarks import write_benchmark
 
 ASK = [sys.executable, "-m", "nvlm_runtime", "ask", "examples/receipt.png"]
 # a thousand tokens, as nearly every token is as likely as every other
@@ -37,6 +39,28 @@ def test_three_ranks_answer_and_one_speaks():
 def test_bad_input_is_said_once(words, said):
     done = subprocess.run([*ASK, "What?", *words], capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"nvlm: {said}\n")
+
+
+def test_three_ranks_score_what_one_process_does(tmp_path):
+    words = [str(word) for word in write_benchmark("docvqa", tmp_path / "data")]
+    base = [sys.executable, "-m", "nvlm_runtime", "eval", "docvqa", *words, "--model", "micro-d", "--json"]
+    base += ["--max-new-tokens", "6", "--no-compile"]
+    said = {}
+    for name, more in {"one": [], "three": ["--tp", "3"]}.items():
+        done = subprocess.run(
+            [*base, *more, "--predictions", str(tmp_path / name)], capture_output=True, text=True, env=environment()
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        said[name] = json.loads(done.stdout) | {"predictions": ""}
+    assert said["one"] == said["three"] and (tmp_path / "one").read_text() == (tmp_path / "three").read_text()
+    again = subprocess.run(
+        [*base, "--tp", "3", "--rescore", "--predictions", str(tmp_path / "one")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    said = "nvlm: --rescore needs --predictions FILE, and excludes --resume and --tp\n"
+    assert (again.returncode, again.stdout, again.stderr) == (2, "", said)
 
 
 def test_the_ranks_end_quietly_with_their_reader():

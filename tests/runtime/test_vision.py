@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from nvlm_kernels import pixel_shuffle
+from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.vision import Block, InternViT, PatchEmbedding
 from nvlm_runtime.vision_attention import attend, computes_in_fp32
-from tests.runtime.small import VISION, randomise
+from tests.runtime.small import CONFIGS, VISION, randomise
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor, over: int) -> torch.Tensor:
@@ -52,6 +53,17 @@ def test_class_token_is_dropped_and_there_is_no_final_norm():
     x = tower.encoder(tower.embeddings(pixels))
     assert x.shape == (2, 17, VISION.hidden_size)
     assert torch.equal(tower(pixels), x[:, 1:])
+
+
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+def test_projector_is_its_modules(variant):
+    """LayerNorm, Linear and, in NVLM-D and -H, exact GELU and Linear, over the published shuffle."""
+    model = randomise(NVLMModel(CONFIGS[variant])).double()
+    features = 3 * torch.randn(2, 16, VISION.hidden_size, dtype=torch.float64)
+    x = F.layer_norm(pixel_shuffle(features, "v2"), (4 * VISION.hidden_size,), model.mlp1[0].weight, model.mlp1[0].bias)
+    for number in (1, 3)[: 1 if variant == "x" else 2]:
+        x = F.linear(x if number == 1 else x * 0.5 * (1 + torch.erf(x / 2**0.5)), model.mlp1[number].weight)
+    torch.testing.assert_close(model.project(features), x, atol=1e-10, rtol=1e-9)
 
 
 def test_patch_embedding_is_a_convolution():

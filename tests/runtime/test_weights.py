@@ -414,6 +414,10 @@ def test_cross_layers_are_layer_numbers(layers):
         from_hf(config)
 
 
+def test_published_config_has_the_published_codes_projector_eps():
+    assert from_hf(published_config()).projector_eps == 1e-5
+
+
 def test_config_reads_yarn():
     """Qwen2 publishes it beside max_position_embeddings 32768: the context is then 131,072."""
     config = published_config()
