@@ -8,7 +8,7 @@ from typing import Any
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _bytes(field: str) -> int:
+def field_bytes(field: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])
 
@@ -18,7 +18,7 @@ def resident_bytes() -> int | None:
     if not STATUS.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    return _bytes("VmRSS")
+    return field_bytes("VmRSS")
 
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:
@@ -31,4 +31,4 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
     except OSError:
         return None
     run()
-    return max(0, _bytes("VmHWM") - before)
+    return max(0, field_bytes("VmHWM") - before)

@@ -162,8 +162,8 @@ def _training_bytes(
     keys, cross = pictures * image_keys(config, request.tiles), 0
     if config.cross is not None:
         cross = keys * (2 * text.hidden_size + 4 * text.num_key_value_heads * text.head_dim * len(config.cross.layers))
-        if on_cpu:  # whose attention to intervals is a masked product
-            found["scores of masked attention"] = 2 * 4 * tokens * keys * text.num_attention_heads
+        if on_cpu:  # whose attention to intervals is a masked product, a document at a time
+            found["scores of masked attention"] = 2 * 4 * tokens * (keys // pictures) * text.num_attention_heads
     return found | {
         "vision features": tiles * vision.num_patches * vision.hidden_size * size,
         "vision activations": tower * size,

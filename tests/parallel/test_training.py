@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.gloo import run_ranks
 from nvlm_runtime.training.checkpoint import checkpoints
 from nvlm_runtime.training.recipe import read_recipe
 from tests.parallel import train_work
-from tests.parallel.ranks import run_ranks
 from tests.parallel.small import write
 from tests.parallel.test_command import environment, is_running, ranks_of
 from tests.training.test_trainer import changes
@@ -133,6 +134,8 @@ def test_a_rank_killed_in_a_step_ends_all_and_nothing_but_the_steps_since_is_los
     made = checkpoints(folder / "killed" / "checkpoints")
     assert made and not (folder / "killed" / "config.json").exists()
     steps = int(made[-1].name[5:])
+    half = shutil.copytree(made[-1], made[-1].with_name("step-00099999.partial"))  # a kill while it was written
+    (half / "state-1-of-2.pt").write_bytes(b"half")
     before = lines(folder, "killed")
     assert steps % 2 == 0 and len(before) - 2 <= steps <= len(before)
     more = ["--tp", "2", "--resume", "--set", "steps=100000", "--set", "log_every=1"]

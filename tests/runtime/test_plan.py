@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from bench.synthetic import full_tokenizer, shape_config
 from nvlm_runtime import NVLM
 from nvlm_runtime.cli import main
 from nvlm_runtime.devices import DEVICES
@@ -17,11 +18,21 @@ from nvlm_runtime.training.recipe import trained_parts
 H100 = DEVICES["h100"]
 
 
+def half_a_billion(variant):
+    """An engine of that shape whose weights are allocated and never written."""
+    config = shape_config("qwen2-0.5b+internvit-300m", variant)
+    with torch.device("meta"):
+        model = NVLMModel(config).to(torch.bfloat16)
+    return NVLM(model.to_empty(device="cpu").eval(), full_tokenizer(config.text.vocab_size), native=False)
+
+
+@pytest.mark.parametrize("shape", ["micro", "0.5b"])
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
-def test_weights_and_caches_are_those_that_are_allocated(variant):
-    """Of a micro model: the parameters of a loaded engine, and every tensor of a batch's caches."""
-    engine = NVLM.load(f"micro-{variant}", native=False)
-    plan = plan_model(engine.config, Request(3, 1000, 7), H100, dtype=torch.float32)
+def test_weights_and_caches_are_those_that_are_allocated(variant, shape):
+    """The parameters of an engine, and every tensor of a batch's caches."""
+    engine = NVLM.load(f"micro-{variant}", native=False) if shape == "micro" else half_a_billion(variant)
+    dtype = next(engine.model.parameters()).dtype
+    plan = plan_model(engine.config, Request(3, 1000, 7), H100, dtype=dtype)
     assert plan.bytes["weights"] == sum(p.nbytes for p in engine.model.parameters())
     rounded = -(-engine.max_image_keys // 256) * 256
     slots = engine.batch(3, 1000, rounded).slots
@@ -49,7 +60,7 @@ def test_training_counts_the_pictures_of_a_packed_row():
     assert found["vision features"] == tiles * 1024 * 3200 * 2
     assert "scores of masked attention" not in found
     cpu = plan_model(config, Request(4, 1024, 7), find_device("cpu"), 8, trains=parts).bytes
-    assert cpu["scores of masked attention"] == 8 * tokens * 10 * 7 * 256 * 8  # 64 heads over 8 ranks
+    assert cpu["scores of masked attention"] == 8 * tokens * 7 * 256 * 8  # 64 heads over 8 ranks
     text = plan_model(config, Request(4, 1024, 0), H100, 8, trains=parts).bytes
     assert not {"vision features", "vision activations", "image tokens"} & set(text)
     whole = plan_model(PRESETS["nvlm-d-72b"], Request(4, 2048, 7), H100, 8, trains=("projector", "decoder")).bytes

@@ -14,10 +14,10 @@ import torch.multiprocessing as mp
 from nvlm_runtime.parallel import Group
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, threads: int = 1, timeout: float = 120) -> list[Any]:
     """What `function(group, *args)` returns on each rank. AssertionError with the first rank's traceback if one fails.
 
-    function: of a module, so that a new process can import it.
+    function: of a module, so that a new process can import it. threads: torch's, of each. timeout: seconds for all.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -25,13 +25,13 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     context = mp.get_context("spawn")
     queue = context.Queue()
     processes = [
-        context.Process(target=_work, args=(rank, size, port, queue, function, args), daemon=True)
+        context.Process(target=_work, args=(rank, size, port, queue, threads, function, args), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
         process.start()
     try:
-        found = [queue.get(timeout=120) for _ in processes]
+        found = [queue.get(timeout=timeout) for _ in processes]
     finally:
         for process in processes:
             process.join(20)
@@ -42,8 +42,10 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return [torch.load(io.BytesIO(value), weights_only=False) for value in packed]
 
 
-def _work(rank: int, size: int, port: int, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+def _work(
+    rank: int, size: int, port: int, queue: Any, threads: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(threads)
     try:
         dist.init_process_group(
             "gloo", f"tcp://localhost:{port}", world_size=size, rank=rank, timeout=timedelta(seconds=60)
