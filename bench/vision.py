@@ -24,7 +24,7 @@ from bench.report import table, write
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.presets import INTERNVIT_300M
-from nvlm_runtime.quantize import quantize_vision
+from nvlm_runtime.quantize import quantize
 from nvlm_runtime.vision import Attention, InternViT
 
 ROOF = "gemm bf16 4096x4096x4096"
@@ -111,7 +111,7 @@ def main() -> None:
     config = replace(INTERNVIT_300M, num_hidden_layers=args.layers)
     bf16 = InternViT(config).bfloat16().eval()
     int8, pixels = copy.deepcopy(bf16), torch.randn(1, 3, 448, 448).bfloat16()
-    quantize_vision(int8, "int8_dynamic")
+    quantize(int8, {"vision": "int8_dynamic"})
     plain = eager(bf16)
     replace_linears(bf16)
     towers = {"eager bf16": plain, "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}

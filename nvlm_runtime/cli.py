@@ -205,6 +205,20 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     _json_option(parser)
 
 
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="bundled name or checkpoint folder")
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        required=True,
+        metavar="PART=METHOD",
+        help="vision=int8_dynamic; decoder, cross, head = int8 or int4 weights",
+    )
+    parser.add_argument("--out", required=True, help="folder for the checkpoint")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the rest (default: as it is)")
+    _json_option(parser)
+
+
 # command: the module of nvlm_runtime/commands that runs it, its options, its line in --help
 COMMANDS = {
     "ask": ("ask", _ask, "answer one question about pictures"),
@@ -213,6 +227,7 @@ COMMANDS = {
     "plan": ("plan", _plan, "bytes a GPU and predicted times, before any is rented"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),
     "init": ("init", _init, "a new checkpoint from a text model and a vision tower"),
+    "quantize": ("quantize", _quantize, "a checkpoint with weights in 8 or 4 bits"),
     "train": ("train", _train, "fine-tune by a recipe, or train a micro model from seeds"),
     "eval": ("evaluate", _evaluate, "a benchmark on local files, with its published metric"),
 }

@@ -36,6 +36,7 @@ from nvlm_runtime.parallel import SOLO, Group, VisionSplit
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
 from nvlm_runtime.quantize import quantize as quantize_model
+from nvlm_runtime.quantize import scheme_of
 from nvlm_runtime.request import STAGES, Output, Picture, Prepared, Row, check_ids
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.slots import Slots
@@ -213,6 +214,8 @@ class NVLM:
         template = ChatTemplate.load(folder)
         group.check_same("the checkpoint", checkpoint_digest(folder))
         model, _ = load(folder, device, dtype, group, vision_split)
+        if lora is not None and scheme_of(model):
+            raise ValueError(f"{folder} is quantised, and quantised weights know no adapters")
         if lora is not None:
             load_lora(model, lora)
             if merge:

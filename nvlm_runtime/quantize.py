@@ -12,7 +12,6 @@ The sum is exact in int32; everything else is fp32, rounded once to x's dtype. B
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,6 @@ from torch import Tensor, nn
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.vision import InternViT
 from nvlm_runtime.weight_only import WEIGHT_ONLY
-
-Method = Literal["int8_dynamic"]
-METHODS = ("int8_dynamic",)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,21 +32,27 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 class Int8DynamicLinear(nn.Module):
     """An nn.Linear with int8 weights, a scale an out feature, and int8 activations, a scale a row. CPU, inference.
 
-    Buffers: weight int8 [L, K], scale fp32 [L], bias fp32 [L] or None; casting the module would round the last two.
-    Raises ValueError where the linear's weight is not finite or not on the CPU.
+    Buffers: weight int8 [L, K], scale fp32 [L], bias fp32 [L] or None; casting the module would round the last two. Of
+    a linear's shapes, to be filled.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8, requires_grad=False))
+        self.register_buffer("scale", torch.empty_like(linear.weight[:, 0], dtype=torch.float32, requires_grad=False))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Int8DynamicLinear":
+        """Raises ValueError where the linear's weight is not finite or not on the CPU."""
         weight = linear.weight.detach()
         if weight.device.type != "cpu":
             raise ValueError(f"int8_dynamic: expected a weight on the CPU, got one on {weight.device}")
         if not weight.isfinite().all():
             raise ValueError("int8_dynamic: expected finite weights, got inf or nan")
-        quantized, scale = quantize_rows(weight)
-        self.register_buffer("weight", quantized)
-        self.register_buffer("scale", scale[:, 0])
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+        made, (quantized, scale) = cls(linear), quantize_rows(weight)
+        made.weight, made.scale = quantized, scale[:, 0]
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [*, K], bf16 or fp32. Returns [*, L] in x's dtype. Raises ValueError for others, and under autograd."""
@@ -65,59 +67,72 @@ class Int8DynamicLinear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], num_features)
 
 
-def quantize_vision(model: NVLMModel | InternViT, method: Method) -> None:
-    """Replaces the four linears of every block of the model's vision tower, in place; the rest keeps its dtype.
-
-    Raises ValueError for another method, for a tower that is quantised already, and where a weight cannot be.
-    """
-    if method not in METHODS:
-        raise ValueError(f"quantize_vision: method must be one of {', '.join(METHODS)}, got {method!r}")
-    tower = model.vision_model if isinstance(model, NVLMModel) else model
-    parents = [part for block in tower.encoder.layers for part in (block.attn, block.mlp)]
-    found = [(part, name) for part in parents for name, child in part.named_children() if isinstance(child, nn.Linear)]
-    if len(found) != 2 * len(parents):
-        raise ValueError("quantize_vision: expected a tower of floating linears, this one is quantised already")
-    made = [Int8DynamicLinear(getattr(part, name)) for part, name in found]  # all or none
-    for (part, name), layer in zip(found, made, strict=True):
-        setattr(part, name, layer)
-
-
-# a part's linears: their names end in one of these
+# a part's linears: their names in the model begin and end so
 PARTS = {
-    "decoder": ("qkv_proj", "self_attn.o_proj", "gate_up_proj", "mlp.down_proj"),
-    "cross": tuple(
-        f"cross_attn.{name}" for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+    "vision": ("vision_model.encoder.layers.", ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+    "decoder": ("language_model.", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
+    "cross": (
+        "language_model.",
+        tuple(f"cross_attn.{name}" for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")),
     ),
-    "head": ("lm_head",),
+    "head": ("language_model.", ("lm_head",)),
 }
+METHODS = {part: {"int8_dynamic": Int8DynamicLinear} if part == "vision" else WEIGHT_ONLY for part in PARTS}
+QUANTIZED = (Int8DynamicLinear, *WEIGHT_ONLY.values())
 
 
-def quantize(model: NVLMModel, scheme: Mapping[str, str]) -> None:
-    """Replaces linears of the model in place, part by part.
+def _linears(model: nn.Module, part: str, kinds: type | tuple[type, ...]) -> list[str]:
+    """Names of a part's linears that are of these kinds, in a model or a tower alone."""
+    begin, ends = PARTS[part]
+    begin = begin if isinstance(model, NVLMModel) else ""
+    found = [name for name, child in model.named_modules() if isinstance(child, kinds)]
+    return [name for name in found if name.startswith(begin) and name.endswith(ends)]
+
+
+def check_scheme(scheme: Mapping[str, str]) -> None:
+    """Raises ValueError for another part or method."""
+    for part, method in scheme.items():
+        if part not in PARTS:
+            raise ValueError(f"quantize: part must be one of {', '.join(PARTS)}, got {part!r}")
+        if method not in METHODS[part]:
+            raise ValueError(f"quantize: {part} can be {', '.join(METHODS[part])}, got {method!r}")
+
+
+def quantize(model: NVLMModel | InternViT, scheme: Mapping[str, str], filled: bool = True) -> None:
+    """Replaces linears of the model, or of a vision tower alone, in place, part by part.
 
     scheme: "vision" to "int8_dynamic"; "decoder", "cross" and "head" to "int8" or "int4", weights alone. What is not
     named keeps its dtype; so do norms, biases, embeddings (a tied head is parted from its own), the projector and the
-    image keys' projections, which are used once an image. Raises ValueError for another part or method, for a part the
-    model does not have or that is quantised already, and for weights that are not finite; nothing is changed then.
+    image keys' projections, which are used once an image. filled: False leaves weights to be read from a checkpoint.
+    Raises ValueError for another part or method, for a part the model does not have or that is quantised already, and
+    for weights that are not finite; nothing is changed then.
     """
-    for part, method in scheme.items():
-        methods = METHODS if part == "vision" else tuple(WEIGHT_ONLY)
-        if part != "vision" and part not in PARTS:
-            raise ValueError(f"quantize: part must be one of vision, {', '.join(PARTS)}, got {part!r}")
-        if method not in methods:
-            raise ValueError(f"quantize: {part} can be {', '.join(methods)}, got {method!r}")
+    check_scheme(scheme)
     made = []
     for part, method in scheme.items():
-        if part == "vision":
-            continue
-        parents = dict(model.language_model.named_modules())
-        found = [name for name, child in parents.items() if name.endswith(PARTS[part]) and isinstance(child, nn.Linear)]
-        if not found:
+        kind = METHODS[part][method]
+        names = _linears(model, part, nn.Linear)
+        if not names:
             raise ValueError(f"quantize: the model has no floating linears in {part}")
-        for name in found:
+        for name in names:
             parent, _, attribute = name.rpartition(".")
-            made.append((parents[parent], attribute, WEIGHT_ONLY[method](parents[name])))
-    if "vision" in scheme:
-        quantize_vision(model, scheme["vision"])
+            linear = model.get_submodule(name)
+            made.append((model.get_submodule(parent), attribute, kind.of(linear) if filled else kind(linear)))
     for parent, attribute, layer in made:
         setattr(parent, attribute, layer)
+
+
+def scheme_of(model: NVLMModel) -> dict[str, str]:
+    """What of the model is quantised, as `quantize` took it."""
+    found = {}
+    for part, methods in METHODS.items():
+        names = _linears(model, part, QUANTIZED)
+        kinds = {kind: method for method, kind in methods.items()}
+        found |= {part: kinds[type(model.get_submodule(names[0]))]} if names else {}
+    return found
+
+
+def quantized_buffers(model: NVLMModel) -> dict[str, Tensor]:
+    """Buffers of quantised linears, by name."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QUANTIZED)]
+    return {f"{name}.{key}": buffer for name, layer in layers for key, buffer in layer.named_buffers()}

@@ -21,16 +21,22 @@ ROWS = 4096  # made dense at a time
 
 
 class Int8Linear(nn.Module):
-    """Buffers: weight int8 [L, K], scale fp32 [L], bias [L] or None. Raises ValueError for weights not finite."""
+    """Buffers: weight int8 [L, K], scale fp32 [L], bias [L] or None; of a linear's shapes, to be filled."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = _finite("int8", linear)
-        scale = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", (weight / scale[:, None]).round_().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8, requires_grad=False))
+        self.register_buffer("scale", torch.empty_like(linear.weight[:, 0], dtype=torch.float32, requires_grad=False))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Int8Linear":
+        """Raises ValueError for weights not finite."""
+        made, weight = cls(linear), _finite("int8", linear)
+        made.scale = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        made.weight = (weight / made.scale[:, None]).round_().to(torch.int8)
+        return made
 
     def dense(self, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:
         """Rows [first, end) of the weights, [*, K]."""
@@ -43,25 +49,33 @@ class Int8Linear(nn.Module):
 
 class Int4Linear(nn.Module):
     """Buffers: packed int32 [L, blocks, 16], where nibble j of lane l of a block of 128 weights is weight 16 j + l,
-    plus 8; scale bf16 [L, 4 blocks]; bias [L] or None. A last block that K does not fill holds zeros.
-    Raises ValueError for weights not finite.
+    plus 8; scale bf16 [L, 4 blocks]; bias [L] or None. A last block that K does not fill holds zeros. Of a linear's
+    shapes, to be filled.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = _finite("int4", linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        blocks = -(-self.in_features // BLOCK)
-        groups = F.pad(weight, (0, blocks * BLOCK - self.in_features)).unflatten(-1, (-1, GROUP))  # [L, 4 blocks, 32]
+        rows, blocks, device = self.out_features, -(-self.in_features // BLOCK), linear.weight.device
+        self.register_buffer("packed", torch.empty(rows, blocks, 16, dtype=torch.int32, device=device))
+        self.register_buffer("scale", torch.empty(rows, 4 * blocks, dtype=torch.bfloat16, device=device))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Int4Linear":
+        """Raises ValueError for weights not finite."""
+        made, weight = cls(linear), _finite("int4", linear)
+        blocks = made.packed.shape[1]
+        groups = F.pad(weight, (0, blocks * BLOCK - made.in_features)).unflatten(-1, (-1, GROUP))  # [L, 4 blocks, 32]
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
         scale = (largest / -8).to(torch.bfloat16)
         divisor = torch.where(scale == 0, 1, scale.float())[..., None]
         codes = ((groups / divisor).round_().clamp_(-8, 7) + 8).to(torch.int64)
-        nibbles = codes.view(self.out_features, blocks, 8, 16)
+        nibbles = codes.view(made.out_features, blocks, 8, 16)
         packed = (nibbles << torch.arange(0, 32, 4)[:, None]).sum(2)  # [L, blocks, 16], as unsigned 32 bits
-        self.register_buffer("packed", torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        made.packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+        made.scale = scale
+        return made
 
     def dense(self, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:
         """Rows [first, end) of the weights, [*, K]."""

@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvlm_runtime.config import NVLMConfig, VisionConfig, from_hf, to_hf
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import SOLO, Group, TextShard, VisionShard, VisionSplit
+from nvlm_runtime.quantize import check_scheme, quantize, quantized_buffers, scheme_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+STORED = {"I8": torch.int8, "I32": torch.int32}  # of quantised weights, beside DTYPES
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -78,7 +80,7 @@ COLUMN_PARTS = ("down_proj", "fc2")
 def file_entries(model: NVLMModel) -> dict[str, Entry]:
     """File name of every tensor to its entry, in file order. A rank of a group has the same names and shapes.
 
-    Adapters (`adapter`) are not the checkpoint's, and left out.
+    Adapters (`adapter`) are not the checkpoint's, and left out. Quantised linears are there as the model holds them.
     """
     entries: dict[str, Entry] = {}
     for parameter, tensor in model.named_parameters():
@@ -87,6 +89,8 @@ def file_entries(model: NVLMModel) -> dict[str, Entry]:
         part = parameter.split(".")[0]
         entries_of = {"vision_model": _vision_entries, "mlp1": _projector_entries}.get(part, _decoder_entries)
         entries |= entries_of(model, parameter, tuple(tensor.shape))
+    for name, buffer in quantized_buffers(model).items():
+        entries[_file_name(name)] = Entry(name, tuple(buffer.shape))
     if model.group.size > 1:
         entries = {name: replace(entry, copies=_copies(model, name, entry)) for name, entry in entries.items()}
     return entries
@@ -343,7 +347,9 @@ def load(
     by name, before memory is allocated (padding: while it streams).
     """
     values = read_json(folder / "config.json")
-    config = from_hf(values)
+    config, scheme = from_hf(values), _scheme(values)
+    if scheme and group.size > 1:
+        raise ValueError(f"{folder} is quantised: it is held by one process, not shared out over {group.size}")
     with ExitStack() as stack:
         files = {path: _open(path, stack) for path in _shards(folder)}
         where = {name: path for path, file in files.items() for name in file.keys()}
@@ -353,7 +359,8 @@ def load(
             config = replace(config, vision=with_dummy_heads(config.vision, shapes))
         with torch.device("meta"):
             model = NVLMModel(config, group, vision_split)
-        entries = file_entries(model)
+        quantize(model, scheme, filled=False)
+        entries, buffers = file_entries(model), quantized_buffers(model)
         if missing := set(entries) - set(where):
             raise ValueError(f"{folder} misses {len(missing)} tensors: {some(missing)}")
         if unexpected := set(where) - set(entries):
@@ -362,14 +369,18 @@ def load(
             if shapes[name] != entry.shape:
                 raise ValueError(f"{name} has shape {list(shapes[name])}, expected {list(entry.shape)}")
             stored = files[where[name]].get_slice(name).get_dtype()
-            if stored not in DTYPES:
-                raise ValueError(f"{name} is stored as {stored}, expected one of {', '.join(DTYPES)}")
+            wanted = [entry.parameter in buffers and buffers[entry.parameter].dtype]
+            wanted = [kind for kind, known in STORED.items() if known in wanted] or list(DTYPES)
+            if stored not in wanted:
+                raise ValueError(f"{name} is stored as {stored}, expected one of {', '.join(wanted)}")
         first = next(iter(entries))
         dtype = dtype or _dtype(values, files[where[first]].get_slice(first).get_dtype())
-        model = model.to(dtype).to_empty(device=device)
-        if config.text.tie_word_embeddings:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # not the buffers: scales keep their own
+        model = model.to_empty(device=device)
+        if config.text.tie_word_embeddings and isinstance(model.language_model.lm_head, nn.Linear):
             model.language_model.tie()
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters()) | quantized_buffers(model)
         with torch.no_grad():
             for name in _zeros(entries, parameters):
                 parameters[name].zero_()
@@ -388,6 +399,14 @@ def _zeros(entries: Mapping[str, Entry], parameters: Mapping[str, Tensor]) -> li
             filled[entry.parameter] += sum(piece.size for piece in entry.pieces)
     axes = {entry.parameter: entry.axis for entry in entries.values()}
     return [name for name, axis in axes.items() if axis is not None and filled[name] < parameters[name].shape[axis]]
+
+
+def _scheme(values: Mapping[str, Any]) -> dict[str, str]:
+    scheme = values.get("quantization", {})
+    if not isinstance(scheme, dict) or not all(isinstance(method, str) for method in scheme.values()):
+        raise ValueError(f"config: 'quantization' must be an object of parts and methods, got {scheme!r:.60}")
+    check_scheme(scheme)
+    return scheme
 
 
 def _dtype(values: Mapping[str, Any], stored: str) -> torch.dtype:
@@ -412,23 +431,23 @@ def save(
     dtype: of the files, the parameters' own when None. run_dtype: what config.json asks a loader to compute in, the
     files' when None. Every file is written under a temporary name first. An index and shards that stood in the
     folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Of a group every
-    rank calls this, and rank 0 writes. Raises ValueError for a quantised model and for one with adapters: the layout
-    has no place for them.
+    rank calls this, and rank 0 writes. What is quantised is written as it is held, under "quantization" in config.json.
+    Raises ValueError for a model with adapters: the layout has no place for them.
     """
     if any(".lora_A." in name for name, _ in model.named_parameters()):
         raise ValueError("save: the model holds adapters: merge them first, or save them alone (save_lora)")
-    if any(buffer.dtype == torch.int8 for buffer in model.buffers()):
-        raise ValueError("save: expected floating weights, got a quantised model: save it before quantize_vision")
     writes = model.group.rank == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
-    entries = file_entries(model)
     dtype = dtype or next(iter(parameters.values())).dtype
+    buffers, entries = quantized_buffers(model), file_entries(model)
+    parameters |= buffers
     shards: list[list[str]] = [[]]
     used = 0
     for name, entry in entries.items():
-        size = math.prod(entry.shape) * dtype.itemsize
+        kept = buffers[entry.parameter].dtype if entry.parameter in buffers else dtype
+        size = math.prod(entry.shape) * kept.itemsize
         if used and used + size > shard_bytes:
             shards.append([])
             used = 0
@@ -443,7 +462,9 @@ def save(
     for file, shard in zip(names, shards, strict=True):
         tensors = {}
         for name in shard:
-            tensor = _to_file(parameters[entries[name].parameter], entries[name], dtype, model.group)
+            held = parameters[entries[name].parameter]
+            kept = held.dtype if entries[name].parameter in buffers else dtype
+            tensor = _to_file(held, entries[name], kept, model.group)
             if writes:
                 tensors[name] = tensor.cpu()
         if not writes:
@@ -462,7 +483,8 @@ def save(
         (folder / INDEX).unlink(missing_ok=True)
     for stale in set(folder.glob("model*.safetensors")) - {folder / name for name in names}:
         stale.unlink()
-    write_json(folder / "config.json", to_hf(model.config, run_dtype))
+    values = to_hf(model.config, run_dtype)
+    write_json(folder / "config.json", values | ({"quantization": scheme} if (scheme := scheme_of(model)) else {}))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

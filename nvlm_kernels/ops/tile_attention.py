@@ -20,8 +20,6 @@ Source: NVLM paper (arXiv 2409.11402) section 4.3, a tile tag reads its own tile
 attention-gym's Flamingo mask; the kernels follow flash-attention 2 (arXiv 2307.08691).
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -55,7 +53,7 @@ def tile_attention_by_blocks(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor)
     for qb, kb, vb, rows in zip(q.split(1), k.split(1), v.split(1), intervals.split(1), strict=True):
         starts = _diagonal_blocks(rows[0])
         tokens, keys = zip(*starts, (q.shape[1], k.shape[1]), strict=True)
-        tokens, keys = ([b - a for a, b in pairwise(edges)] for edges in (tokens, keys))
+        tokens, keys = ([b - a for a, b in zip(edges, edges[1:])] for edges in (tokens, keys))
         parts = qb.split(tokens, 1), kb.split(keys, 1), vb.split(keys, 1), rows.split(tokens, 1)
         blocks = zip(*parts, (first for _, first in starts), strict=True)
         out.append(torch.cat([tile_attention_ref(qs, ks, vs, seen - first) for qs, ks, vs, seen, first in blocks], 1))

@@ -30,7 +30,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
         graphs=args.graphs,
         check=args.check,
         speculate=args.speculate,
-        quantize=_scheme(args.quantize),
+        quantize=scheme_of_words(args.quantize),
         lora=args.lora,
         **options,
     )
@@ -38,7 +38,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
     return model
 
 
-def _scheme(entries: Sequence[str]) -> dict[str, str]:
+def scheme_of_words(entries: Sequence[str]) -> dict[str, str]:
     """`--quantize PART=METHOD ...` as `quantize.quantize` takes it."""
     if wrong := [entry for entry in entries if entry.count("=") != 1]:
         raise ValueError(f"--quantize takes PART=METHOD, got {wrong[0]!r}")

@@ -24,6 +24,7 @@ from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import SOLO, Group
+from nvlm_runtime.quantize import scheme_of
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from nvlm_runtime.training.documents import IGNORE
@@ -112,6 +113,8 @@ class Trainer:
         dtype = getattr(torch, recipe.precision)
         split = "heads" if "vision" in recipe.train else "tiles"
         self.model, self.values = load(base, device, dtype, group, split)
+        if scheme_of(self.model):
+            raise ValueError(f"{base} is quantised: it answers, and does not learn")
         if self.model.config.variant != recipe.variant:
             raise ValueError(
                 f"the recipe is for variant {recipe.variant}, {base} is NVLM-{self.model.config.variant.upper()}"

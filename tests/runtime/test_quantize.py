@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_runtime.engine import NVLM
-from nvlm_runtime.quantize import Int8DynamicLinear, quantize_rows, quantize_vision
+from nvlm_runtime.quantize import Int8DynamicLinear, quantize, quantize_rows
 from nvlm_runtime.vision import InternViT
-from nvlm_runtime.weights import save
-from tests.runtime.small import VISION, randomise, small_model
+from tests.runtime.small import VISION, randomise
 
 SHAPES = [(1025, 64, 96), (1, 1, 1), (17, 33, 5), (3, 4096, 40)]
 
@@ -39,7 +38,7 @@ def formula(x: Tensor, layer: Int8DynamicLinear) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_is_the_formula(shape, dtype, bias):
     num, size, num_features = shape
-    layer, x = Int8DynamicLinear(linear(size, num_features, bias)), rows(num, size, dtype)
+    layer, x = Int8DynamicLinear.of(linear(size, num_features, bias)), rows(num, size, dtype)
     want = formula(x, layer)
     half_ulp = {torch.float32: 2**-24, torch.bfloat16: 2**-8}[dtype]
     product = (want if layer.bias is None else want - layer.bias.double()).abs()
@@ -54,7 +53,7 @@ def test_is_near_the_float_layer(shape):
     """At most half a step an activation and half a step a weight."""
     num, size, num_features = shape
     plain, x = linear(size, num_features), rows(num, size, torch.float32)
-    layer = Int8DynamicLinear(plain)
+    layer = Int8DynamicLinear.of(plain)
     w, x64 = plain.weight.detach().double(), x.double()
     step_x, step_w = x64.abs().amax(-1, keepdim=True) / 127, w.abs().amax(-1) / 127
     moved = x64.abs() + step_x / 2
@@ -70,7 +69,7 @@ def test_rows_are_symmetric_and_alone():
     assert quantized.tolist() == [[64, -127, 32], [0, 0, 0], [-127, 85, 0], [127, 0, 0]]
     assert (scale > 0).all(), "0 / 0 in int8 is whatever the machine makes of it"
     torch.testing.assert_close(scale[[0, 2], 0], torch.tensor([2.0, 3e4]) / 127)
-    layer = Int8DynamicLinear(linear(3, 4))
+    layer = Int8DynamicLinear.of(linear(3, 4))
     assert torch.equal(layer(x)[1], layer.bias), "a row of zeros"
     for row in range(len(x)):
         assert torch.equal(layer(x[row]), layer(x)[row]), "bit for bit"
@@ -78,7 +77,7 @@ def test_rows_are_symmetric_and_alone():
 
 @pytest.mark.parametrize("shape", [(2, 3, 8), (8,), (0, 8), (2, 0, 8)], ids=str)
 def test_any_leading_shape(shape):
-    layer, x = Int8DynamicLinear(linear(8, 5)), torch.randn(shape)
+    layer, x = Int8DynamicLinear.of(linear(8, 5)), torch.randn(shape)
     assert layer(x).shape == (*shape[:-1], 5)
     strided = torch.randn(*shape[:-1], 16)[..., ::2]
     assert torch.equal(layer(strided), layer(strided.contiguous()))
@@ -94,7 +93,7 @@ def test_tower_stays_near(flavour, dtype):
     pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         want = tower(pixels).flatten(1).double()
-        quantize_vision(tower, "int8_dynamic")
+        quantize(tower, {"vision": "int8_dynamic"})
         out = tower(pixels)
     layers = [module for module in tower.modules() if isinstance(module, Int8DynamicLinear)]
     assert len(layers) == 4 * config.num_hidden_layers
@@ -108,12 +107,12 @@ def test_micro_model_answers_the_same():
     model = NVLM.load("micro-d")
     ask = {"images": ["examples/receipt.png"], "max_new_tokens": 16}
     want = model.generate("What is the total?", **ask).text
-    quantize_vision(model.model, "int8_dynamic")
+    quantize(model.model, {"vision": "int8_dynamic"})
     assert model.generate("What is the total?", **ask).text == want
 
 
 def test_rejects():
-    layer = Int8DynamicLinear(linear(8, 5))
+    layer = Int8DynamicLinear.of(linear(8, 5))
     with pytest.raises(ValueError, match=r"expected bf16 or fp32 \[\*, 8\]"):
         layer(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="float16"):
@@ -123,28 +122,20 @@ def test_rejects():
     broken = linear(8, 5)
     broken.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
-        Int8DynamicLinear(broken)
+        Int8DynamicLinear.of(broken)
     with pytest.raises(ValueError, match="on the CPU"):
-        Int8DynamicLinear(nn.Linear(8, 5, device="meta"))
+        Int8DynamicLinear.of(nn.Linear(8, 5, device="meta"))
 
 
-def test_quantize_vision_rejects():
+def test_a_tower_is_quantised_whole_once_or_not_at_all():
     tower = randomise(InternViT(VISION))
-    with pytest.raises(ValueError, match="method must be one of int8_dynamic, got 'int4'"):
-        quantize_vision(tower, "int4")
+    with pytest.raises(ValueError, match="vision can be int8_dynamic, got 'int4'"):
+        quantize(tower, {"vision": "int4"})
     tower.encoder.layers[1].mlp.fc2.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="finite"):
-        quantize_vision(tower, "int8_dynamic")
+        quantize(tower, {"vision": "int8_dynamic"})
     assert not any(isinstance(module, Int8DynamicLinear) for module in tower.modules()), "all or none"
     tower.encoder.layers[1].mlp.fc2.weight.data[0, 0] = 0
-    quantize_vision(tower, "int8_dynamic")
-    with pytest.raises(ValueError, match="quantised already"):
-        quantize_vision(tower, "int8_dynamic")
-
-
-def test_a_quantised_model_is_not_saved(tmp_path):
-    model = small_model("d")
-    quantize_vision(model, "int8_dynamic")
-    with pytest.raises(ValueError, match="quantised"):
-        save(model, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    quantize(tower, {"vision": "int8_dynamic"})
+    with pytest.raises(ValueError, match="no floating linears in vision"):
+        quantize(tower, {"vision": "int8_dynamic"})

@@ -32,7 +32,7 @@ def linear(rows, cols, bias=True, seed=0):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_int8_is_within_half_a_step_a_row(size):
     dense = linear(*size)
-    quantized = Int8Linear(dense)
+    quantized = Int8Linear.of(dense)
     step = dense.weight.abs().amax(-1, keepdim=True) / 127
     assert ((quantized.dense(torch.float32) - dense.weight).abs() <= 0.501 * step).all()
 
@@ -41,7 +41,7 @@ def test_int8_is_within_half_a_step_a_row(size):
 def test_int4_is_within_half_a_step_a_group(size):
     """But for a value at the far end of the other sign, which has no code: at most a whole step off."""
     dense = linear(*size)
-    quantized = Int4Linear(dense)
+    quantized = Int4Linear.of(dense)
     got = quantized.dense(torch.float32)
     for group in range(-(-size[1] // 32)):
         part = slice(32 * group, 32 * group + 32)
@@ -59,19 +59,19 @@ def test_int4_keeps_what_it_can_hold():
     codes[:, ::32] = -8
     dense = nn.Linear(256, 16, bias=False)
     dense.weight.data = codes * torch.tensor([0.5, 1.0, 2.0, 0.25]).repeat_interleave(64)
-    assert torch.equal(Int4Linear(dense).dense(torch.float32), dense.weight)
+    assert torch.equal(Int4Linear.of(dense).dense(torch.float32), dense.weight)
 
 
 def test_rows_of_zeros():
     dense = nn.Linear(40, 3)
     dense.weight.data.zero_()
     for kind in KINDS.values():
-        assert torch.equal(kind(dense).dense(torch.float32), dense.weight)
+        assert torch.equal(kind.of(dense).dense(torch.float32), dense.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_is_the_dense_product(kind):
-    layer = KINDS[kind](linear(5000, 48))  # more rows than are made dense at a time
+    layer = KINDS[kind].of(linear(5000, 48))  # more rows than are made dense at a time
     x = torch.randn(2, 3, 48)
     torch.testing.assert_close(layer(x), F.linear(x, layer.dense(torch.float32), layer.bias))
     assert layer(x.bfloat16()).dtype == torch.bfloat16
@@ -85,7 +85,7 @@ def test_native_products(library, kind, size, batch):
     rows, cols = size
     layer = linear(rows, cols)
     if kind in KINDS:
-        layer = KINDS[kind](layer)
+        layer = KINDS[kind].of(layer)
     else:
         layer.weight.data = layer.weight.data.to(getattr(torch, kind))
     weight, bias = dense_weight(layer, torch.float32).detach(), layer.bias.detach()
