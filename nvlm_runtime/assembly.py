@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nvlm_runtime.backbone import Backbone, open_backbone
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model import NVLMModel, allocate, outline
 from nvlm_runtime.template import ChatTemplate
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.tower import Tower, open_tower
@@ -123,11 +123,10 @@ def assemble(
             max_tiles=max_tiles,
             bos_token=backbone.bos_token,
         )
-        with torch.device("meta"):
-            model = NVLMModel(config)
+        model = outline(config)
         entries = file_entries(model)
         _check(backbone, tower, entries)
-        model = model.to(dtype or backbone.dtype).to_empty(device="cpu")
+        allocate(model, dtype or backbone.dtype, "cpu")
         if config.text.tie_word_embeddings:
             model.language_model.tie()
         with torch.no_grad():

@@ -5,9 +5,11 @@ Sources: NVLM paper (arXiv 2409.11402) sections 3 and 4; the published NVLM-D co
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nvlm_kernels import pixel_shuffle, pixel_shuffle_project
 from nvlm_runtime.adapter import AdaptedLinear
@@ -31,6 +33,15 @@ def projector(config: NVLMConfig) -> nn.Sequential:
         nn.GELU(),
         nn.Linear(text.intermediate_size, text.hidden_size, bias=False),
     )
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what draws a module's first numbers: on the meta device that loads torch's compiler, for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 class NVLMModel(nn.Module):
@@ -145,3 +156,18 @@ class NVLMModel(nn.Module):
             return self.language_model.prefill(x, positions, None, view)
         past = PackedPast(documents, input_ids.shape[1], x.device)
         return self.language_model.run(x, past.positions, past, view)
+
+
+def outline(config: NVLMConfig, group: Group = SOLO, vision_split: VisionSplit = "tiles") -> NVLMModel:
+    """A model on the meta device: names, shapes and nothing else. Raises ValueError as NVLMModel does."""
+    with torch.device("meta"), _Undrawn():
+        return NVLMModel(config, group, vision_split)
+
+
+def allocate(model: NVLMModel, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Memory for an outline, in place, whatever was in it before. dtype: of parameters; buffers keep their own."""
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(tensor.shape, dtype=dtype, device=device)))
+        for name, tensor in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))

@@ -14,7 +14,7 @@ import torch
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.devices import DEVICES, Device
 from nvlm_runtime.engine import ROUNDING
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model import NVLMModel, outline
 from nvlm_runtime.parallel import Group, VisionSplit, sizes
 from nvlm_runtime.slots import cache_bytes, free_bytes
 from nvlm_runtime.training.trainer import part_of
@@ -82,8 +82,7 @@ def plan_model(
         raise ValueError(f"tiles must be from 0 to {config.max_tiles + 1}, thumbnail included, got {request.tiles}")
     if request.context > config.text.context:
         raise ValueError(f"the context of this model is {config.text.context} tokens, got {request.context}")
-    with torch.device("meta"):
-        model = NVLMModel(config, Group(0, size), vision_split).to(dtype)
+    model = outline(config, Group(0, size), vision_split).to(dtype)
     if trains:
         found = _training_bytes(model, request, trains, on_cpu=device.name == CPU)
     else:

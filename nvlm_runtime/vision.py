@@ -57,9 +57,11 @@ class PatchEmbedding(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, config.hidden_size) * 0.02)
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.patch_embedding = PatchEmbedding(config)
-        self.position_embedding = nn.Parameter(torch.randn(1, config.num_patches + 1, config.hidden_size) * 0.02)
+        self.position_embedding = nn.Parameter(torch.empty(1, config.num_patches + 1, config.hidden_size))
+        for embedding in (self.class_embedding, self.position_embedding):
+            nn.init.normal_(embedding, std=0.02)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch_embedding(pixel_values)
@@ -122,10 +124,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = _norm(config)
         self.attn = Attention(config, group)
-        self.ls1 = nn.Parameter(0.1 * torch.ones(config.hidden_size))
+        self.ls1 = nn.Parameter(torch.full((config.hidden_size,), 0.1))
         self.norm2 = _norm(config)
         self.mlp = MLP(config, group)
-        self.ls2 = nn.Parameter(0.1 * torch.ones(config.hidden_size))
+        self.ls2 = nn.Parameter(torch.full((config.hidden_size,), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = layer_scale_residual(x, self.attn(self.norm1(x)), self.ls1)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvlm_runtime.config import NVLMConfig, VisionConfig, from_hf, to_hf
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model import NVLMModel, allocate, outline
 from nvlm_runtime.parallel import SOLO, Group, TextShard, VisionShard, VisionSplit
 from nvlm_runtime.quantize import check_scheme, quantize, quantized_buffers, scheme_of
 
@@ -195,8 +195,7 @@ def _vision_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) ->
 
 def parameter_counts(config: NVLMConfig) -> dict[str, int]:
     """Parameters of a checkpoint's parts and their total, dummy heads included, without allocating any."""
-    with torch.device("meta"):
-        entries = file_entries(NVLMModel(config))
+    entries = file_entries(outline(config))
     counts = dict.fromkeys(("vision", "projector", "decoder", "cross"), 0)
     for name, entry in entries.items():
         part = (
@@ -357,8 +356,7 @@ def load(
         _check_index(folder, where)
         if "num_dummy_heads" not in values["vision_config"]:
             config = replace(config, vision=with_dummy_heads(config.vision, shapes))
-        with torch.device("meta"):
-            model = NVLMModel(config, group, vision_split)
+        model = outline(config, group, vision_split)
         quantize(model, scheme, filled=False)
         entries, buffers = file_entries(model), quantized_buffers(model)
         if missing := set(entries) - set(where):
@@ -375,9 +373,7 @@ def load(
                 raise ValueError(f"{name} is stored as {stored}, expected one of {', '.join(wanted)}")
         first = next(iter(entries))
         dtype = dtype or _dtype(values, files[where[first]].get_slice(first).get_dtype())
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)  # not the buffers: scales keep their own
-        model = model.to_empty(device=device)
+        allocate(model, dtype, device)
         if config.text.tie_word_embeddings and isinstance(model.language_model.lm_head, nn.Linear):
             model.language_model.tie()
         parameters = dict(model.named_parameters()) | quantized_buffers(model)

@@ -8,9 +8,8 @@ normed, as the published decoders store it; the rest is `rms_norm`, whose kernel
 """
 
 from torch import Tensor
-from torch.library import triton_op
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import triton_op, use_triton
 from nvlm_kernels.ops.rms_norm import check_norm, launch_bwd, launch_fwd, rms_norm_ref
 
 

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import triton_op, use_triton
 from nvlm_kernels.ops.gemm import GROUP, grouped_order, tile_sizes
 
 TRAINED = 1024  # the tiles of a backward are large: nothing is trained on a few rows

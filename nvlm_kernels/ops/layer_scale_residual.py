@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import triton_op, use_triton
 
 BLOCK_R, BLOCK_C = 32, 128  # with 8 warps 8 elements a lane of AMD's 64: a 16-byte load in bf16
 PARTIALS = 32  # times C / BLOCK_C column blocks: 800 programs at C = 3200; not measured

@@ -34,9 +34,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import triton_op, use_triton
 from nvlm_kernels.ops.gemm import GROUP, grouped_order, tile_sizes
 from nvlm_kernels.ops.pixel_shuffle import pixel_shuffle_ref
 

@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import triton_op, use_triton
 from nvlm_kernels.ops.rms_norm import PARTIALS, check_norm, inverse_rms, rms_norm_ref, tile
 
 

@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
+from nvlm_kernels._backend import triton_op
 from nvlm_kernels.ops.online_softmax import attend, hull, row_intervals
 
 MAX_TOKENS = 8

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import triton_op, use_triton
 
 BLOCK = 2048  # 8 elements a lane, a 16-byte load in bf16, with 4 warps of 64 lanes (AMD) and of 32 alike
 

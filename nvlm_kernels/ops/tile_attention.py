@@ -25,9 +25,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import triton_op, use_triton
 from nvlm_kernels.ops.online_softmax import LOG2E, attend, hull, key_blocks, load_keys, row_intervals, visible_keys
 from nvlm_kernels.ops.split_attention import MAX_TOKENS, check_attention, check_kernel, rows_contiguous, split_attention
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from nvlm_runtime.cli import main
@@ -102,3 +103,18 @@ def test_ctrl_c_keeps_the_answer_so_far(capsys, monkeypatch):
     monkeypatch.setattr(Stream, "__iter__", interrupted)
     code, out, _ = run(capsys, "ask", RECEIPT, "What is the total?")
     assert code == 130 and out == "17\n"
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is not None or torch.version.hip is not None, reason="a GPU's ops are registered"
+)
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+def test_an_answer_on_a_cpu_does_not_load_torchs_compiler(variant):
+    """It takes as long as everything else from the shell's prompt to the answer."""
+    words = ["ask", "examples/receipt.png", "What is the total?", "--model", f"micro-{variant}"]
+    program = f"import sys; from nvlm_runtime.cli import main; code = main({words!r}); print(code, *sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    answer, loaded = said.splitlines()
+    code, *modules = loaded.split()
+    assert (answer, code) == ("17.40", "0")
+    assert not {"torch._dynamo", "torch._inductor", "sympy", "transformers", "matplotlib"} & set(modules)
