@@ -367,8 +367,8 @@ def load(
             if shapes[name] != entry.shape:
                 raise ValueError(f"{name} has shape {list(shapes[name])}, expected {list(entry.shape)}")
             stored = files[where[name]].get_slice(name).get_dtype()
-            wanted = [entry.parameter in buffers and buffers[entry.parameter].dtype]
-            wanted = [kind for kind, known in STORED.items() if known in wanted] or list(DTYPES)
+            kept = buffers[entry.parameter].dtype if entry.parameter in buffers else None
+            wanted = [kind for kind, known in STORED.items() if known == kept] or list(DTYPES)
             if stored not in wanted:
                 raise ValueError(f"{name} is stored as {stored}, expected one of {', '.join(wanted)}")
         first = next(iter(entries))
