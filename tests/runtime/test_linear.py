@@ -43,7 +43,7 @@ def test_is_as_exact_as_torch(fast_fp32, bias):
 @torch.no_grad()
 def test_quantised_weights_are_not_rounded_to_bf16(fast_fp32, kind):
     plain, _ = layers(True)
-    layer = kind(plain)
+    layer = kind.of(plain)
     x = torch.randn(1, 130, 192).bfloat16()
     exact = F.linear(x.double(), layer.dense(torch.float32).double(), plain.bias.double())
     assert (layer(x) != exact.bfloat16()).double().mean() < 0.005
