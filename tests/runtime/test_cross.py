@@ -1,12 +1,14 @@
 """Gated cross-attention: who sees what, and that a row that sees nothing is changed by nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nvlm_kernels import tile_attention
 from nvlm_runtime.config import CrossConfig
 from nvlm_runtime.cross import GatedCrossAttention
-from tests.runtime.small import TEXT, randomise
+from tests.runtime.small import CROSS, TEXT, randomise
 
 SWITCHES = [(placement, ffn) for placement in ("inside", "before") for ffn in ("none", "swiglu", "gelu4x")]
 
@@ -115,3 +117,10 @@ def test_positions_tell_equal_keys_apart():
         out = layer(x, None, *layer.keys_values(image, torch.arange(image.shape[1])), everything)
         turned = layer(x, None, *layer.keys_values(image.flip(1), torch.arange(6)), everything)
         assert torch.allclose(out, turned, atol=1e-6) == same
+
+
+@pytest.mark.parametrize("ffn", ["none", "swiglu", "gelu4x"])
+def test_gates_begin_closed(ffn):
+    layer = GatedCrossAttention(TEXT, replace(CROSS, ffn=ffn))
+    gates = {name: gate.item() for name, gate in layer.named_parameters() if name.endswith("gate")}
+    assert gates == ({"gate": 0} if ffn == "none" else {"gate": 0, "ffn_gate": 0})
