@@ -22,8 +22,8 @@ demo: install
 test: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n auto --dist worksteal
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN)/python -m pytest -q -n auto --dist worksteal tests/kernels
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN)/python -m pytest -q -n auto --dist loadfile tests/kernels
 
 clean:
 	rm -rf $(VENV)

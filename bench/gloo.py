@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from nvlm_runtime.parallel import Group
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, threads: int = 1, timeout: float = 120) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, threads: int = 1, timeout: float = 300) -> list[Any]:
     """What `function(group, *args)` returns on each rank. AssertionError with the first rank's traceback if one fails.
 
     function: of a module, so that a new process can import it. threads: torch's, of each. timeout: seconds for all.
