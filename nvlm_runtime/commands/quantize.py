@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     check_empty(out)
     check_scheme(scheme)
     tokenizer = Tokenizer.load(folder)
-    model, values = load(folder, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    model, _ = load(folder, dtype=getattr(torch, args.dtype) if args.dtype else None)
     quantize(model, scheme)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
