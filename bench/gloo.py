@@ -37,7 +37,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, threads: int 
             process.join(20)
             process.kill()
     failed = [words for _, words, _ in found if words]
-    assert not failed, failed[0]
+    assert not failed, "\n".join(failed)
     packed = [value for _, _, value in sorted(found, key=lambda item: item[0])]
     return [torch.load(io.BytesIO(value), weights_only=False) for value in packed]
 

@@ -92,8 +92,7 @@ def plain_loop(trainer: Trainer) -> Callable[[], Figures]:
     def step() -> Figures:
         began, waited = time.perf_counter(), trainer.source.waited
         batch = next(trainer.source)
-        with torch.no_grad():
-            features = [trainer._features(tiles) for tiles in batch.pixel_values]
+        features = [trainer.objective.features(tiles) for tiles in batch.pixel_values]
         hidden = model(batch.input_ids, batch.layouts, features)
         logits = model.language_model.logits(hidden)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)

@@ -167,6 +167,9 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     _tp_options(parser)
+    parser.add_argument(
+        "--fsdp", type=int, metavar="N", help="share weights, gradients and moments out over N such groups of processes"
+    )
     micro = parser.add_argument_group("micro", "a micro model from seeds")
     micro.add_argument("--variant", choices=("d", "x", "h"))
     micro.add_argument("--seed", type=int, help="(default: 0)")
@@ -245,7 +248,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _is_launcher(args: argparse.Namespace) -> bool:
     """Whether to start ranks, rather than be one."""
-    return (getattr(args, "tp", None) or 1) > 1 and "RANK" not in os.environ
+    return _num_ranks(args) > 1 and "RANK" not in os.environ
+
+
+def _num_ranks(args: argparse.Namespace) -> int:
+    return max(1, getattr(args, "tp", None) or 1) * max(1, getattr(args, "fsdp", None) or 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -262,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     try:
         if _is_launcher(args):
-            return importlib.import_module("nvlm_runtime.ranks").launch(argv, args.tp)
+            return importlib.import_module("nvlm_runtime.ranks").launch(argv, _num_ranks(args))
         code = importlib.import_module(f"nvlm_runtime.commands.{args.module}").run(args)
         if "WORLD_SIZE" in os.environ:
             importlib.import_module("nvlm_runtime.ranks").leave()

@@ -28,6 +28,24 @@ def sinusoids(places: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class SharedLinear(nn.Linear):
+    """Keys or values of a kv head that ranks share: the weight's gradient is the sum of theirs."""
+
+    def __init__(self, text: TextShard, group: Group):
+        super().__init__(text.hidden_size, text.num_key_value_heads * text.head_dim, bias=False)
+        self.group, self.at, self.num = group, text.first_kv_head, text.whole.num_key_value_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.group.share_gradient(self.weight, self.at, self.num))
+
+
+def kv_linear(text: TextConfig, group: Group) -> nn.Linear:
+    """Of a rank's kv heads."""
+    if isinstance(text, TextShard) and text.whole.num_key_value_heads < group.size:
+        return SharedLinear(text, group)
+    return nn.Linear(text.hidden_size, text.num_key_value_heads * text.head_dim, bias=False)
+
+
 class GatedCrossAttention(nn.Module):
     """One gated layer. Every gate starts at 0: the decoder is then the bare language model, bit for bit.
 
@@ -37,15 +55,14 @@ class GatedCrossAttention(nn.Module):
 
     def __init__(self, text: TextConfig, cross: CrossConfig, group: Group = SOLO):
         super().__init__()
-        self.group, self.text = group, text
+        self.group = group
         size, head_dim = text.hidden_size, text.head_dim
         self.head_dim = head_dim
         self.positions = cross.positions
         self.ffn = cross.ffn
         self.norm = RMSNorm(size, text.rms_norm_eps)
         self.q_proj = nn.Linear(size, text.num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(size, text.num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(size, text.num_key_value_heads * head_dim, bias=False)
+        self.k_proj, self.v_proj = kv_linear(text, group), kv_linear(text, group)
         self.o_proj = nn.Linear(text.num_attention_heads * head_dim, size, bias=False)
         self.gate = nn.Parameter(torch.zeros(1))
         if cross.ffn == "none":
@@ -70,15 +87,8 @@ class GatedCrossAttention(nn.Module):
         if self.positions == "sinusoidal":
             embeds = embeds + sinusoids(places, embeds.shape[-1]).to(embeds.dtype)
         embeds = self.group.spread(embeds)
-        k, v = (self._heads(linear, embeds).unflatten(-1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
+        k, v = (linear(embeds).unflatten(-1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         return k, v
-
-    def _heads(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """Of this rank's kv heads. Where ranks share one, its gradient is the sum of theirs."""
-        if not isinstance(self.text, TextShard) or not torch.is_grad_enabled():
-            return linear(x)
-        at, num = self.text.first_kv_head, self.text.whole.num_key_value_heads
-        return F.linear(x, self.group.share_gradient(linear.weight, at, num))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         x = self.group.spread(x)

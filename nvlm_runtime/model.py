@@ -95,9 +95,9 @@ class NVLMModel(nn.Module):
                 rows += [row] * len(image.slots)
                 positions += image.slots
                 tokens.append(tiles[list(image.slot_tiles)].flatten(0, 1))
-        if not rows:
+        if not tokens:
             return x
-        where = (torch.tensor(rows, device=x.device), torch.tensor(positions, device=x.device))
+        where = [torch.tensor(side, dtype=torch.int64, device=x.device) for side in (rows, positions)]
         return x.index_put(where, torch.cat(tokens).to(x.dtype))
 
     def key_embeds(self, image: ImageLayout, tiles: Tensor) -> Tensor:

@@ -165,6 +165,27 @@ SOLO = Group()
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """The ranks of a training run. tensor: those that hold one model together. data: those that would hold the same
+    part of it, keep a share of its rows each (FSDP) and learn from documents of their own. world: all of them.
+    """
+
+    tensor: Group = SOLO
+    data: Group = SOLO
+    world: Group = SOLO
+
+
+def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, and the first row of it: FSDP shares rows out in equal runs, the last ones
+    shorter or empty. Any other tensor is held whole.
+    """
+    if not hasattr(tensor, "to_local"):
+        return tensor, 0
+    mesh, num = tensor.device_mesh, len(tensor)
+    return tensor.to_local(), min(mesh.get_local_rank() * -(-num // mesh.size()), num)
+
+
+@dataclass(frozen=True)
 class TextShard(TextConfig):
     """One rank's share of a decoder: heads, kv heads, inner columns and vocabulary rows of its own.
 

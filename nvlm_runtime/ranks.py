@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nvlm_runtime.parallel import SOLO, Group
+from nvlm_runtime.parallel import SOLO, Group, Mesh
 
 TIMEOUT = 20.0  # seconds; starting and loading have LOADING
 LOADING = 3600.0
@@ -32,14 +32,14 @@ def in_group() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(device: str, size: int | None, timeout: float = TIMEOUT) -> tuple[Group, str]:
+def join(device: str, size: int | None, timeout: float = TIMEOUT, option: str = "--tp") -> tuple[Group, str]:
     """The group that torchrun started this process in, SOLO outside; and this rank's own device.
 
-    timeout: seconds a rank waits for another's part of a collective. Raises ValueError for a size below 1 or another
-    than the group's, and for a timeout that is not positive.
+    timeout: seconds a rank waits for another's part of a collective. option: what said the size. Raises ValueError for
+    a size below 1 or another than the group's, and for a timeout that is not positive.
     """
     if size is not None and size < 1:
-        raise ValueError(f"--tp must be at least 1, got {size}")
+        raise ValueError(f"{option} must be at least 1, got {size}")
     if not timeout > 0:
         raise ValueError(f"--tp-timeout must be above 0 seconds, got {timeout}")
     if not in_group():
@@ -47,7 +47,7 @@ def join(device: str, size: int | None, timeout: float = TIMEOUT) -> tuple[Group
     world = int(os.environ["WORLD_SIZE"])
     if size not in (None, world):
         raise ValueError(
-            f"--tp {size} in a group of {world} processes: torchrun's --nproc-per-node is the group's size"
+            f"{option} {size} in a group of {world} processes: torchrun's --nproc-per-node is the group's size"
         )
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -57,6 +57,39 @@ def join(device: str, size: int | None, timeout: float = TIMEOUT) -> tuple[Group
         dist.init_process_group(backend, timeout=timedelta(seconds=LOADING))
         dist.barrier()  # processes start and load at their own pace, but answer at one
     return Group(dist.get_rank(), world, dist.new_group(timeout=timedelta(seconds=timeout))), device
+
+
+def join_mesh(device: str, tensor: int | None, data: int | None, timeout: float = TIMEOUT) -> tuple[Mesh, str]:
+    """`join` for training: `data` groups of `tensor` ranks that hold one model together, which follow each other, so
+    that such a group is of one node. One that is not given makes up the rest.
+
+    Raises ValueError as `join` does, and where the processes cannot be shared out so.
+    """
+    if data is not None and data < 1:
+        raise ValueError(f"--fsdp must be at least 1, got {data}")
+    if data in (None, 1):
+        group, device = join(device, tensor, timeout)
+        return Mesh(tensor=group, world=group), device
+    world, device = join(device, None if tensor is None else tensor * data, timeout, "--tp x --fsdp of")
+    if world.size % data or world.size == 1:
+        raise ValueError(f"--fsdp {data} in a group of {world.size} processes, which {data} must divide")
+    return mesh_of(world, data, timeout), device
+
+
+def mesh_of(world: Group, data: int, timeout: float = TIMEOUT) -> Mesh:
+    """The mesh of a group, in `data` groups of ranks that follow each other. Every rank calls this."""
+    size, patience = world.size // data, timedelta(seconds=timeout)
+    rows = [list(range(first, first + size)) for first in range(0, world.size, size)]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    mine = [
+        next(
+            Group(ranks.index(world.rank), len(ranks), handle)
+            for ranks, handle in [(ranks, dist.new_group(ranks, timeout=patience)) for ranks in cut]
+            if world.rank in ranks
+        )
+        for cut in (rows, columns)
+    ]
+    return Mesh(*mine, world)
 
 
 def wait_for_loading(group: Group) -> None:

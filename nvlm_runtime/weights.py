@@ -12,7 +12,7 @@ Source: spec of nvidia/NVLM-D-72B (HF layout), Megatron-LM's converter for the p
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nvlm_runtime.config import NVLMConfig, VisionConfig, from_hf, to_hf
 from nvlm_runtime.model import NVLMModel, allocate, outline
-from nvlm_runtime.parallel import SOLO, Group, TextShard, VisionShard, VisionSplit
+from nvlm_runtime.parallel import SOLO, Group, TextShard, VisionShard, VisionSplit, held_rows
 from nvlm_runtime.quantize import check_scheme, quantize, quantized_buffers, scheme_of
 
 INDEX = "model.safetensors.index.json"
@@ -45,6 +45,12 @@ class Piece:
     @property
     def size(self) -> int:
         return self.end - self.start
+
+    def among(self, first: int, num: int) -> "Piece":
+        """What of it stands in `num` places of the parameter from `first` on, whose places are counted from there."""
+        begin, end = max(self.at, first), min(self.at + self.size, first + num)
+        start = self.start + begin - self.at
+        return Piece(start, start + max(0, end - begin), begin - first)
 
 
 @dataclass(frozen=True)
@@ -105,20 +111,21 @@ def _copies(model: NVLMModel, name: str, entry: Entry) -> int:
     return max(1, size // model.config.text.num_key_value_heads) if is_of_kv_heads else 1
 
 
-def square_norm(model: NVLMModel, tensors: Mapping[str, Tensor]) -> Tensor:
+def square_norm(model: NVLMModel, tensors: Mapping[str, Tensor], data: Group = SOLO) -> Tensor:
     """The sum of squares, fp64, of something that all ranks hold as they hold parameters of these names: of each number
-    of the whole model once, on every rank.
+    of the whole model once, on every rank. data: ranks that share out the rows of each.
     """
     total = torch.zeros((), dtype=torch.float64)
     for entry in file_entries(model).values():
-        tensor = tensors.get(entry.parameter)
-        if tensor is None:
+        if entry.parameter not in tensors:
             continue
-        parts = [tensor] if entry.axis is None else [tensor.narrow(entry.axis, p.at, p.size) for p in entry.pieces]
-        total = total.to(tensor.device)
+        held, first = held_rows(tensors[entry.parameter])
+        total = total.to(held.device)
+        pieces = [p.among(first, len(held)) if entry.axis == 0 else p for p in entry.pieces]
+        parts = [held] if entry.axis is None else [held.narrow(entry.axis, p.at, p.size) for p in pieces if p.size]
         for part in parts:
             total += part.square().sum(dtype=torch.float64) / entry.copies
-    return model.group.all_reduce(total)
+    return data.all_reduce(model.group.all_reduce(total))
 
 
 def _cut(parameter: str, shape: tuple[int, ...], axis: int, length: int, start: int, end: int) -> Entry:
@@ -218,21 +225,27 @@ def _range(rank_of_tensor: int, axis: int, start: int, end: int) -> tuple[slice,
 
 
 def fill(parameter: Tensor, entry: Entry, stored: Any, name: str, is_checked: bool) -> None:
-    """Reads of a file's slice (or of a tensor in its shape) what the entry takes, straight into the parameter.
+    """Reads of a file's slice (or of a tensor in its shape) what the entry takes, straight into what this rank holds of
+    the parameter.
 
     Raises ValueError for padding not zero.
     """
+    held, first = held_rows(parameter)
+    num, rows = len(entry.shape), slice(first, first + len(held)) if entry.shape else ...
     if entry.axis is None:
-        parameter.copy_(stored[:] if entry.shape else stored[...])
+        if held.numel():
+            held.copy_(stored[rows])
         return
-    num = len(entry.shape)
     for start, end in entry.padding if is_checked else ():
         if stored[_range(num, entry.axis, start, end)].count_nonzero():
             raise ValueError(f"{name}: the padding heads (from {start} to {end}) must be zero, and are not")
     for piece in entry.pieces:
-        if piece.size:
-            part = stored[_range(num, entry.axis, piece.start, piece.end)]
-            parameter[_range(num, entry.axis, piece.at, piece.at + piece.size)].copy_(part)
+        if entry.axis == 0:
+            piece = piece.among(first, len(held))
+        if piece.size and held.numel():
+            where = _range(num, entry.axis, piece.start, piece.end)
+            part = stored[where if entry.axis == 0 else (rows, *where[1:])]
+            held[_range(num, entry.axis, piece.at, piece.at + piece.size)].copy_(part)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -336,11 +349,13 @@ def load(
     dtype: torch.dtype | None = None,
     group: Group = SOLO,
     vision_split: VisionSplit = "tiles",
+    allocate: Callable[[NVLMModel, torch.dtype, torch.device | str], Any] = allocate,
 ) -> tuple[NVLMModel, dict[str, Any]]:
     """A model in eval mode and its config.json, from a checkpoint folder.
 
     A rank of a group reads its own slices alone, each file once and in order, straight to their places: host memory
     holds its share and one tensor. dtype: None takes config.json's "torch_dtype", or the file's own where it has none.
+    allocate: makes the memory of an outline, of which a rank may hold some rows alone (`held_rows`).
     Raises FileNotFoundError for absent files; ValueError for missing, unexpected or wrongly shaped tensors, non-zero
     padding heads, a damaged file, a config this runtime does not know or a group that cannot share the model out, each
     by name, before memory is allocated (padding: while it streams).
@@ -421,18 +436,20 @@ def save(
     dtype: torch.dtype | None = None,
     run_dtype: torch.dtype | None = None,
     shard_bytes: int = 4 << 30,
+    data: Group = SOLO,
 ) -> None:
     """Writes config.json and the weights in the published layout, dummy heads put back.
 
     dtype: of the files, the parameters' own when None. run_dtype: what config.json asks a loader to compute in, the
     files' when None. Every file is written under a temporary name first. An index and shards that stood in the
-    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Of a group every
-    rank calls this, and rank 0 writes. What is quantised is written as it is held, under "quantization" in config.json.
+    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Of a group, and of
+    the group `data` that shares out its rows, every rank calls this, and rank 0 writes. What is quantised is written as
+    it is held, under "quantization" in config.json.
     Raises ValueError for a model with adapters: the layout has no place for them.
     """
     if any(".lora_A." in name for name, _ in model.named_parameters()):
         raise ValueError("save: the model holds adapters: merge them first, or save them alone (save_lora)")
-    writes = model.group.rank == 0
+    writes = model.group.rank == data.rank == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
@@ -460,6 +477,8 @@ def save(
         for name in shard:
             held = parameters[entries[name].parameter]
             kept = held.dtype if entries[name].parameter in buffers else dtype
+            if data.size > 1:
+                held = held.full_tensor()
             tensor = _to_file(held, entries[name], kept, model.group)
             if writes:
                 tensors[name] = tensor.cpu()
@@ -469,6 +488,7 @@ def save(
         save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
         (folder / f"{file}.partial").rename(folder / file)
     model.group.wait()
+    data.wait()
     if not writes:
         return
     run_dtype = str(run_dtype or dtype).removeprefix("torch.")

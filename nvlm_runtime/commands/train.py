@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nvlm_runtime.devices import peak_flops
 from nvlm_runtime.micro.train import Sizes, train_micro
-from nvlm_runtime.ranks import in_group, join, wait_for_loading
+from nvlm_runtime.ranks import in_group, join_mesh, wait_for_loading
 from nvlm_runtime.training.plot import check_matplotlib, draw_metrics
 from nvlm_runtime.training.recipe import Recipe, read_recipe
 from nvlm_runtime.training.trainer import METRICS, Step, Trainer
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.recipe == "micro":
-        if args.tp or in_group():
+        if args.tp or args.fsdp or in_group():
             raise ValueError("nvlm train micro runs in one process: the models are too small to share out")
         return _micro(args)
     if wrong := [f"--{name.replace('_', '-')}" for name in MICRO_OPTIONS if getattr(args, name) is not None]:
@@ -30,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, args.set)
     if recipe.plot:
         check_matplotlib()
-    group, device = join(args.device, args.tp, args.tp_timeout)
-    speaks = group.rank == 0
+    mesh, device = join_mesh(args.device, args.tp, args.fsdp, args.tp_timeout)
+    speaks = mesh.world.rank == 0
     writer = _tensorboard(recipe) if speaks else None
     console = Console(stderr=True, quiet=not speaks)
     log = partial(console.print, markup=False, highlight=False)
-    trainer = Trainer(recipe, args.resume, device, log, group)
-    wait_for_loading(group)
+    trainer = Trainer(recipe, args.resume, device, log, mesh)
+    wait_for_loading(mesh.world)
     peak = peak_flops(trainer.device, getattr(torch, recipe.precision))
     try:
         with _bar(console, recipe, trainer.next_step) as bar:

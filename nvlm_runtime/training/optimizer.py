@@ -1,7 +1,12 @@
-"""AdamW on what learns, in fp32 whatever the model is in, and the learning rate of a step.
+"""AdamW or Muon on what learns, in fp32 whatever the model is in, and the learning rate of a step.
 
 Parameters in bfloat16 have fp32 masters, which gradients are added to and which the model's own are rounded from; in
-fp32 a parameter is its own master. Weight decay leaves vectors alone (norms, biases, gates) unless asked otherwise.
+fp32 a parameter is its own master. A rank moves what it holds, of parameters that FSDP shares out its rows. Weight
+decay leaves vectors alone (norms, biases, gates) unless asked otherwise.
+
+Muon moves matrices between hidden states, by the nearest orthogonal matrix to their momentum; embedding, head and
+vectors stay AdamW's. It needs whole matrices, so one process.
+Source: torch.optim.Muon (Keller Jordan 2024), its update's size as in Moonlight (arXiv 2502.16982).
 """
 
 import math
@@ -11,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nvlm_runtime.parallel import held_rows
 from nvlm_runtime.training.recipe import Recipe
 
 
@@ -20,6 +26,11 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - 1 - recipe.warmup)
     return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may move it: a matrix that is neither embedding nor head."""
+    return parameter.dim() == 2 and not any(part in name for part in ("embed_tokens.", "lm_head."))
 
 
 class Optimizer:
@@ -41,13 +52,23 @@ class Optimizer:
             else:
                 self.masters[name] = parameter.detach().float().requires_grad_()
                 parameter.register_post_accumulate_grad_hook(self._collect(self.masters[name]))
-        decayed = {name: recipe.decay_norms_and_gates or p.dim() > 1 for name, p in self.masters.items()}
-        groups = [
-            {"params": [p for name, p in self.masters.items() if decayed[name] == decays], "weight_decay": decay}
-            for decays, decay in ((True, recipe.weight_decay), (False, 0.0))
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), foreach=True)
+        self.kinds = {
+            n: "muon" if recipe.muon_lr and is_hidden_matrix(n, p) else "adamw" for n, p in self.masters.items()
+        }
+        self.peaks = {"adamw": recipe.lr, "muon": recipe.muon_lr}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for kind in sorted(set(self.kinds.values())):
+            masters = {name: p for name, p in self.masters.items() if self.kinds[name] == kind}
+            decayed = {name: recipe.decay_norms_and_gates or p.dim() > 1 for name, p in masters.items()}
+            groups = [
+                {"params": [p for name, p in masters.items() if decayed[name] == decays], "weight_decay": decay}
+                for decays, decay in ((True, recipe.weight_decay), (False, 0.0))
+            ]
+            groups = [group for group in groups if group["params"]]
+            if kind == "muon":
+                self.optimizers[kind] = torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
+            else:
+                self.optimizers[kind] = torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), foreach=True)
 
     @staticmethod
     def _collect(master: Tensor) -> Any:
@@ -70,10 +91,11 @@ class Optimizer:
                 f"step {number + 1}: the gradients' norm is {norm}: a smaller lr, or data that is not broken"
             )
         rate = learning_rate(self.recipe, number)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        for kind, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.peaks[kind] * rate / self.recipe.lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self.masters[name] is not parameter:
@@ -85,13 +107,27 @@ class Optimizer:
         if self.square_norm is None:
             return nn.utils.clip_grad_norm_(masters, clip).item()
         grads = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
-        norm = self.square_norm(grads).sqrt().float()
-        nn.utils.clip_grads_with_norm_(masters, clip, norm)
-        return norm.item()
+        norm = self.square_norm(grads).sqrt().item()
+        if clip < norm < math.inf:
+            for grad in grads.values():
+                held_rows(grad)[0].mul_(clip / norm)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters by name, and AdamW's own."""
-        return {"masters": {n: p.detach() for n, p in self.masters.items()}, "adam": self.adam.state_dict()}
+        """By name, masters and what moves each: the tensors themselves, as this rank holds them."""
+        masters = {name: master.detach() for name, master in self.masters.items()}
+        return {"masters": masters, "moments": {name: self._moments(name) for name in masters}}
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        """What the optimizer keeps of a master, made as its first step would where there was none."""
+        kind, master = self.kinds[name], self.masters[name]
+        state = self.optimizers[kind].state
+        if not state[master]:
+            names = ("momentum_buffer",) if kind == "muon" else ("exp_avg", "exp_avg_sq")
+            state[master] = {name: torch.zeros_like(master, requires_grad=False) for name in names}
+            if kind == "adamw":
+                state[master]["step"] = torch.tensor(0.0)
+        return state[master]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -100,5 +136,7 @@ class Optimizer:
             raise ValueError("the checkpoint is of other parameters than the recipe trains")
         for name, master in self.masters.items():
             master.copy_(state["masters"][name])
-            self.parameters[name].copy_(master)
-        self.adam.load_state_dict(state["adam"])
+            if self.parameters[name] is not master:
+                self.parameters[name].copy_(master)
+            for kind, tensor in self._moments(name).items():
+                tensor.copy_(state["moments"][name][kind])

@@ -37,7 +37,8 @@ class Recipe:
     model's own where None. shuffled_tiles: the share of NVLM-X's documents whose tiles stand in another order among the
     image keys, every tag still seeing its own (`shuffle`). text_share: of the documents that are of text_only datasets,
     whatever their weights; None leaves the weights as they are. lr falls from its peak to lr_min on a cosine, after
-    `warmup` steps.
+    `warmup` steps. muon_lr: the peak at which Muon moves matrices between hidden states, on the same curve; AdamW moves
+    all where None.
     decay_norms_and_gates: whether weight decay pulls on norms, biases and gates too. precision: bfloat16 keeps fp32
     masters of what learns. recompute: activations of decoder layers are made again on the way back. loss_rows: learnt
     tokens whose logits exist at a time. checkpoint_every, log_every: steps. keep: checkpoints that stay.
@@ -52,6 +53,7 @@ class Recipe:
     lr: float
     lr_min: float
     warmup: int
+    muon_lr: float | None = None
     lora: tuple[str, ...] = ()
     lora_rank: int = 16
     lora_alpha: float = 32.0
@@ -91,6 +93,10 @@ class Recipe:
             raise ValueError(f"recipe: shuffled_tiles must be from 0 to 1, got {self.shuffled_tiles}")
         if not 0 <= self.lr_min <= self.lr or not self.lr > 0:
             raise ValueError(f"recipe: 0 <= lr_min <= lr and lr > 0 are expected, got {self.lr_min} and {self.lr}")
+        if self.muon_lr is not None and not self.muon_lr > 0:
+            raise ValueError(f"recipe: muon_lr must be above 0, got {self.muon_lr}")
+        if self.muon_lr is not None and self.lora:
+            raise ValueError("recipe: adapters (lora) learn by AdamW: leave muon_lr out")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"recipe: betas must be from 0 to below 1, got {self.beta1} and {self.beta2}")
         if self.clip <= 0 or self.weight_decay < 0:

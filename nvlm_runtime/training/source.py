@@ -40,10 +40,11 @@ class Dataset:
 class Source:
     """Batches for ever: `next(source)`. `close` ends its threads.
 
-    rows: a batch; seq_len: tokens of a row. packed: several documents a row, or one. shuffled_tiles: the share of
-    documents that `shuffle_tiles` changes. window: documents that are packed
-    together. skip_bad: a row that cannot be learnt from is told to `log` and counted in `num_bad`; otherwise it ends
-    the stream with BadRow. state: of `state()`, to go on from there. waited: seconds that `next` had to wait.
+    share: (index, number) of the readers of one stream, each of which gets its own of every `number` batches; their
+    states are the same then. rows: a batch; seq_len: tokens of a row. packed: several documents a row, or one.
+    shuffled_tiles: the share of documents that `shuffle_tiles` changes. window: documents that are packed together.
+    skip_bad: a row that cannot be learnt from is told to `log` and counted in `num_bad`; otherwise it ends the stream
+    with BadRow. state: of `state()`, to go on from there. waited: seconds that `next` had to wait.
     Raises ValueError for weights that are not positive and where no row of a whole window can be learnt from.
     """
 
@@ -63,13 +64,14 @@ class Source:
         skip_bad: bool = False,
         log: Log = lambda line: None,
         state: dict[str, Any] | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         if not datasets or any(not dataset.weight > 0 for dataset in datasets):
             raise ValueError("a blend needs at least one dataset, and every weight must be above 0")
         self.datasets, self.tokenizer, self.config = datasets, tokenizer, config
         self.rows, self.seq_len, self.seed, self.style = rows, seq_len, seed, style
         self.packed, self.window, self.skip_bad, self.log = packed, window, skip_bad, log
-        self.shuffled_tiles = shuffled_tiles
+        self.shuffled_tiles, self.share = shuffled_tiles, share
         self.waited = 0.0
         self._state = state or {"window": 0, "given": 0, "read": [0] * len(datasets), "num_bad": 0}
         if len(self._state["read"]) != len(datasets):
@@ -110,8 +112,12 @@ class Source:
     def _produce(self, state: dict[str, Any]) -> None:
         try:
             with ThreadPoolExecutor(THREADS, "nvlm-tiles") as pool:
-                for item in self._batches(state, pool):
-                    if not self._put(item):
+                mine = None
+                for number, (batch, after) in enumerate(self._batches(state, pool)):
+                    mine = batch or mine
+                    if number % self.share[1] < self.share[1] - 1:
+                        continue
+                    if not self._put((mine, after)):
                         pool.shutdown(wait=False, cancel_futures=True)
                         return
         except BaseException as error:
@@ -126,9 +132,12 @@ class Source:
                 continue
         return False
 
-    def _batches(self, state: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[tuple[Packed, dict[str, Any]]]:
+    def _batches(
+        self, state: dict[str, Any], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Packed | None, dict[str, Any]]]:
+        """Every batch of the stream, None in place of another reader's, and where it ends."""
         number, skip, read = state["window"], state["given"], list(state["read"])
-        num_bad = state["num_bad"]
+        num_bad, turn, (index, readers) = state["num_bad"], 0, self.share
         while True:
             before = {"read": list(read), "num_bad": num_bad}
             documents, bad = self._documents(number, read)
@@ -139,15 +148,17 @@ class Source:
             random.Random(f"rows {self.seed} {number}").shuffle(packed)
             groups = [packed[i : i + self.rows] for i in range(0, len(packed), self.rows)]
             cut: dict[int, Future[Tensor]] = {}
-            for given, group in enumerate(groups, 1):
-                for ahead in groups[given - 1 : given + AHEAD]:
-                    for index in (i for row in ahead for i in row):
-                        if given > skip and documents[index].images and index not in cut:
-                            cut[index] = pool.submit(documents[index].pixel_values)
-                if given <= skip:
-                    continue
-                rows = [[(documents[i], cut.pop(i, None)) for i in row] for row in group]
-                batch = pack(rows, self.config, self.seq_len if self.packed else None)
+            first = turn - skip  # of the stream's batches, the one that begins this window
+            for given, group in enumerate(groups[skip:], skip + 1):
+                for ahead in range(given - 1, min(given + AHEAD * readers, len(groups))):
+                    for i in (i for row in groups[ahead] for i in row if (first + ahead) % readers == index):
+                        if documents[i].images and i not in cut:
+                            cut[i] = pool.submit(documents[i].pixel_values)
+                batch = None
+                if turn % readers == index:
+                    rows = [[(documents[i], cut.pop(i, None)) for i in row] for row in group]
+                    batch = pack(rows, self.config, self.seq_len if self.packed else None)
+                turn += 1
                 after = {"window": number, "given": given, **before}
                 if given == len(groups):
                     after = {"window": number + 1, "given": 0, "read": list(read), "num_bad": num_bad + bad}

@@ -3,7 +3,8 @@
 A step is `accumulate` micro-batches, whose loss is the mean over all learnt tokens of the step: as one large batch.
 The place in the data, the optimizer and the random numbers are part of a checkpoint, so a run that is continued has
 the bits of one that was never stopped. Of a tensor-parallel group every rank reads the same rows, learns what it holds,
-and writes that into the run's checkpoints; rank 0 writes everything else.
+and writes that into the run's checkpoints; rank 0 writes everything else. Data-parallel ranks (FSDP) share the step's
+micro-batches out: a step is the same one over any number of them.
 """
 
 import json
@@ -18,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.parallel import SOLO, Group
+from nvlm_runtime.parallel import Mesh
 from nvlm_runtime.quantize import scheme_of
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from nvlm_runtime.training.documents import IGNORE
 from nvlm_runtime.training.flops import step_flops
-from nvlm_runtime.training.loss import token_loss
+from nvlm_runtime.training.objective import Objective
 from nvlm_runtime.training.optimizer import Optimizer
 from nvlm_runtime.training.packing import Packed
 from nvlm_runtime.training.recipe import Recipe
@@ -85,9 +86,11 @@ def freeze(model: NVLMModel, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
 class Trainer:
     """A run of a recipe. `resume`: from its newest whole checkpoint; without one in its folder, that is an error.
 
-    group: of ranks that share the model; a tower that learns is cut by heads, one that does not takes shares of tiles.
+    mesh: of ranks that share the model; a tower that learns is cut by heads, one that does not takes shares of tiles,
+    or is cut too where the model's rows are shared out.
     Raises ValueError or OSError, before anything is written, for a model of another variant, for data that is not there
-    and for a folder that holds another run; in a group also for adapters and for ranks of other recipes.
+    and for a folder that holds another run; over ranks also for adapters, for ranks of other recipes, and for
+    micro-batches that cannot be shared out evenly.
     """
 
     def __init__(
@@ -96,12 +99,20 @@ class Trainer:
         resume: bool = False,
         device: str = "cpu",
         log: Callable[[str], None] = print,
-        group: Group = SOLO,
+        mesh: Mesh | None = None,
     ):
-        self.recipe, self.out, self.log, self.group = recipe, Path(recipe.out), log, group
-        group.check_same("the recipe", asdict(recipe))
-        if group.size > 1 and recipe.lora:
-            raise ValueError("recipe: adapters (lora) learn in one process; with --tp whole parts do")
+        self.recipe, self.out, self.log = recipe, Path(recipe.out), log
+        self.mesh = mesh = mesh or Mesh()
+        mesh.world.check_same("the recipe", asdict(recipe))
+        if mesh.world.size > 1 and recipe.lora:
+            raise ValueError("recipe: adapters (lora) learn in one process; over ranks whole parts do")
+        if mesh.world.size > 1 and recipe.muon_lr is not None:
+            raise ValueError("recipe: Muon needs whole matrices, and ranks hold parts of them: leave muon_lr out")
+        if recipe.accumulate % mesh.data.size:
+            raise ValueError(
+                f"recipe: accumulate, the micro-batches of a step, must be a multiple of the {mesh.data.size} "
+                f"data-parallel ranks that share them out, got {recipe.accumulate}"
+            )
         self.folder = self.out / "checkpoints"
         found = checkpoints(self.folder)
         if resume and not found:
@@ -111,8 +122,12 @@ class Trainer:
         base = checkpoint_folder(recipe.model)
         self.tokenizer = Tokenizer.load(base)
         dtype = getattr(torch, recipe.precision)
-        split = "heads" if "vision" in recipe.train else "tiles"
-        self.model, self.values = load(base, device, dtype, group, split)
+        if mesh.data.size == 1:
+            split = "heads" if "vision" in recipe.train else "tiles"
+            self.model, self.values = load(base, device, dtype, mesh.tensor, split)
+            self.objective = Objective(self.model)
+        else:
+            self.model, self.values = load(base, device, dtype, mesh.tensor, "heads", self._allocate_shares)
         if scheme_of(self.model):
             raise ValueError(f"{base} is quantised: it answers, and does not learn")
         if self.model.config.variant != recipe.variant:
@@ -126,11 +141,11 @@ class Trainer:
             Dataset(blend.task, JsonLines(Path(blend.file), Path(blend.images) if blend.images else None), weight)
             for blend, weight in zip(recipe.data, recipe.weights, strict=True)
         ]
-        norm = None if group.size == 1 else lambda gradients: square_norm(self.model, gradients)
+        norm = None if mesh.world.size == 1 else lambda gradients: square_norm(self.model, gradients, mesh.data)
         self.optimizer = Optimizer(self.learns, recipe, norm)
-        self.next_step, state = 0, None
+        self.next_step, self._place, state = 0, None, None
         if resume:
-            state = self._restore(read_checkpoint(found[-1], group))
+            state = self._restore(read_checkpoint(found[-1], self._state(), mesh))
             log(f"goes on from {found[-1].name}")
         config = self.model.config
         if recipe.max_tiles is not None:
@@ -148,9 +163,15 @@ class Trainer:
             skip_bad=recipe.skip_bad,
             log=log,
             state=state,
+            share=(mesh.data.rank, mesh.data.size),
         )
         self._place = self.source.state()  # behind the last whole step
         self._signal: int | None = None
+
+    def _allocate_shares(self, model: NVLMModel, dtype: torch.dtype, device: torch.device | str) -> None:
+        from nvlm_runtime.training.fsdp import shard  # torch's takes a second to load
+
+        self.objective = shard(model, self.mesh.data, dtype, device)
 
     def _learners(self) -> dict[str, nn.Parameter]:
         """What learns, by name: whole parts, and new adapters."""
@@ -163,10 +184,6 @@ class Trainer:
             parameter.requires_grad_(True)
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    @property
-    def _tower_learns(self) -> bool:
-        return any(name.startswith("vision_model.") for name in self.learns)
-
     def run(self, show: Callable[[Step], None] = lambda step: None) -> int:
         """All steps that are left, then the model into the run's folder. Returns 0, or 128 + the signal that stopped
         it: SIGTERM and Ctrl-C end the run after the step they came in, with a checkpoint.
@@ -176,7 +193,7 @@ class Trainer:
         before.
         """
         recipe, saved, stopped = self.recipe, self.next_step, 0
-        if self.group.rank == 0:
+        if self.mesh.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "recipe.json", asdict(recipe))
         try:
@@ -190,7 +207,7 @@ class Trainer:
                     if self.next_step % recipe.checkpoint_every == 0:
                         saved = self.checkpoint()
         except RuntimeError:
-            if self.group.size > 1:
+            if self.mesh.world.size > 1:
                 saved = self.next_step  # all ranks write a checkpoint, or none
             raise
         finally:  # also behind a bad row or a loss that is not finite: the steps before it are kept
@@ -203,24 +220,26 @@ class Trainer:
         return 0
 
     def _metrics(self) -> Any:
-        return (self.out / METRICS).open("a", encoding="utf-8") if self.group.rank == 0 else nullcontext()
+        return (self.out / METRICS).open("a", encoding="utf-8") if self.mesh.world.rank == 0 else nullcontext()
 
     def _stopped(self) -> int:
         """The signal that ends the run, whichever rank it came to; 0 before."""
-        return int(self.group.largest(torch.tensor(self._signal or 0, device=self.device)))
+        return int(self.mesh.world.largest(torch.tensor(self._signal or 0, device=self.device)))
 
     def step(self) -> Step:
         """One step of the optimizer. Raises ValueError, with nothing moved, for a loss or gradients not finite."""
-        began, waited = time.perf_counter(), self.source.waited
-        batches = [next(self.source) for _ in range(self.recipe.accumulate)]
-        learnt = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        total = 0.0
+        began, waited, data = time.perf_counter(), self.source.waited, self.mesh.data
+        batches = [next(self.source) for _ in range(self.recipe.accumulate // data.size)]
+        counts = data.all_reduce(torch.tensor([_counts(batch) for batch in batches], device=self.device).sum(0))
+        learnt, documents, tokens, tiles = counts.tolist()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.train()
         for batch in batches:
-            loss = self.loss(batch) / max(1, learnt)
+            loss = self.objective(batch, self.recipe.loss_rows) / max(1, learnt)
             if loss.requires_grad:  # text alone teaches nothing where the decoder is frozen
                 loss.backward()
-            total += loss.item()
+            total += loss.detach()
+        total = data.all_reduce(total).item()
         if not math.isfinite(total):
             raise ValueError(
                 f"step {self.next_step + 1}: the loss is {total}: a smaller lr, or data that is not broken"
@@ -233,10 +252,10 @@ class Trainer:
             loss=total,
             lr=rate,
             grad_norm=norm,
-            documents=sum(batch.num_documents for batch in batches),
-            tokens=sum(batch.num_tokens for batch in batches),
+            documents=documents,
+            tokens=tokens,
             learnt=learnt,
-            tiles=sum(len(tiles) for batch in batches for tiles in batch.pixel_values),
+            tiles=tiles,
             flops=sum(step_flops(self.model, batch) for batch in batches),
             seconds=time.perf_counter() - began,
             waited=self.source.waited - waited,
@@ -247,32 +266,19 @@ class Trainer:
     def device(self) -> torch.device:
         return self.model.language_model.embed_tokens.weight.device
 
-    def loss(self, batch: Packed) -> Tensor:
-        """The sum of a micro-batch's cross-entropies."""
-        weight = self.model.language_model.embed_tokens.weight
-        with torch.set_grad_enabled(self._tower_learns):
-            features = [self._features(tiles.to(weight.device, weight.dtype)) for tiles in batch.pixel_values]
-        ids, labels = batch.input_ids.to(weight.device), batch.labels.to(weight.device)
-        hidden = self.model(ids, batch.layouts, features, batch.documents)
-        return token_loss(self.model.language_model, hidden, labels, self.recipe.loss_rows)
-
-    def _features(self, tiles: Tensor) -> Tensor:
-        if len(tiles):
-            return self.model.encode(tiles)
-        vision = self.model.config.vision
-        return tiles.new_zeros(0, vision.num_patches, vision.hidden_size)
-
     def checkpoint(self) -> int:
         """Writes one; returns the number of steps it stands behind."""
-        state = {
+        write_checkpoint(self.folder, self.next_step, self._state(), self.recipe.keep, self.mesh)
+        return self.next_step
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "step": self.next_step,
             "recipe": json.dumps(asdict(self.recipe)),
             "optimizer": self.optimizer.state_dict(),
             "source": json.dumps(self._place),
             "random": torch.get_rng_state(),
         }
-        write_checkpoint(self.folder, self.next_step, state, self.recipe.keep, self.group)
-        return self.next_step
 
     def _restore(self, state: dict[str, Any]) -> dict[str, Any]:
         then, now = json.loads(state["recipe"]), json.loads(json.dumps(asdict(self.recipe)))
@@ -288,7 +294,7 @@ class Trainer:
     def _cut_metrics(self) -> None:
         """Lines of steps that will be made again."""
         path = self.out / METRICS
-        if self.group.rank == 0 and path.is_file():
+        if self.mesh.world.rank == 0 and path.is_file():
             lines = [line for line in path.read_text("utf-8").splitlines() if _number(line) <= self.next_step]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in lines))
@@ -303,9 +309,11 @@ class Trainer:
             save_lora(self.model, self.out / "adapter", base=self.recipe.model)
             merge_lora(self.model)
         self.model.eval()
-        if self.group.rank == 0:
+        if self.mesh.world.rank == 0:
             self.tokenizer.save(self.out)  # the model last: its config.json says that all is there
-        save(self.model, self.out, run_dtype=getattr(torch, self.values.get("torch_dtype", self.recipe.precision)))
+        dtype = getattr(torch, self.recipe.precision)
+        run_dtype = getattr(torch, self.values.get("torch_dtype", self.recipe.precision))
+        save(self.model, self.out, dtype, run_dtype, data=self.mesh.data)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -323,6 +331,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _counts(batch: Packed) -> tuple[int, int, int, int]:
+    """Learnt tokens, documents, tokens, tiles."""
+    tiles = sum(map(len, batch.pixel_values))
+    return int((batch.labels != IGNORE).sum()), batch.num_documents, batch.num_tokens, tiles
 
 
 def _number(line: str) -> float:

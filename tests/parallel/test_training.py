@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,26 +34,31 @@ def folder(tmp_path_factory):
     return made
 
 
-def recipes(folder, size, out):
-    """Twenty steps of every variant for two ranks; four, of which pairs share a kv head, make six of D and X."""
-    given = {"loss_rows": 16, "clip": 0.5, "rows": 1, "accumulate": 2, "steps": {2: 20, 4: 6}[size]}
+# tensor-parallel ranks x data-parallel ranks: steps, variants. Of four tensor-parallel ranks pairs share a kv head.
+MESHES = {"2x1": (20, "dxh"), "4x1": (6, "dx"), "2x2": (20, "dxh")}
+
+
+def recipes(folder, mesh, out):
+    steps, variants = MESHES[mesh]
+    given = {"loss_rows": 16, "clip": 0.5, "rows": 1, "accumulate": 2, "steps": steps, "recompute": mesh == "2x2"}
+    given["recompute"] = str(given["recompute"]).lower()
     return [
-        read_recipe(f"sft-{v}", changes(folder, v, f"{out}{size}-{v}", train=TRAINED[v], **given))
-        for v in VARIANTS[: {2: 3, 4: 2}[size]]
+        read_recipe(f"sft-{v}", changes(folder, v, f"{out}{mesh}-{v}", train=TRAINED[v], **given)) for v in variants
     ]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=MESHES)
 def trained(request, folder):
     """Of one process and of ranks: a (loss, gradient norm) a step and recipe."""
-    size = request.param
-    alone = [train_work.curve(train_work.trained(recipe)) for recipe in recipes(folder, size, "alone")]
-    ranks = run_ranks(size, train_work.everything, recipes(folder, size, "ranks"), str(folder / f"alone{size}-d"))
-    return size, alone, ranks
+    mesh = request.param
+    tensor, data = map(int, mesh.split("x"))
+    alone = [train_work.curve(train_work.trained(recipe)) for recipe in recipes(folder, mesh, "alone")]
+    given = recipes(folder, mesh, "ranks"), str(folder / f"alone{mesh}-d"), data
+    return mesh, alone, run_ranks(tensor * data, train_work.everything, *given)
 
 
 def test_the_curve_is_one_process_s(folder, trained):
-    size, alone, ranks = trained
+    mesh, alone, ranks = trained
     for index, want in enumerate(alone):
         curves = [torch.tensor(rank["curves"][index]) for rank in ranks]
         assert len(want) in (6, 20) and all(torch.equal(curve, curves[0]) for curve in curves)
@@ -62,10 +68,10 @@ def test_the_curve_is_one_process_s(folder, trained):
 
 
 def test_the_checkpoint_is_one_process_s(folder, trained):
-    size, alone, _ = trained
+    mesh, alone, _ = trained
     for variant in VARIANTS[: len(alone)]:
         name = f"{variant}/model.safetensors"
-        ours, theirs = load_file(folder / f"ranks{size}-{name}"), load_file(folder / f"alone{size}-{name}")
+        ours, theirs = load_file(folder / f"ranks{mesh}-{name}"), load_file(folder / f"alone{mesh}-{name}")
         before = load_file(folder / name)
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -74,19 +80,48 @@ def test_the_checkpoint_is_one_process_s(folder, trained):
 
 
 def test_a_run_that_is_gone_on_with_has_the_bits_of_one_that_was_not_stopped(folder, trained):
-    size, alone, ranks = trained
+    mesh, alone, ranks = trained
     assert all(rank["resumed"] == rank["curves"][-1] for rank in ranks)
-    name = f"ranks{size}-{VARIANTS[len(alone) - 1]}"
+    name = f"ranks{mesh}-{VARIANTS[len(alone) - 1]}"
     whole, stopped = (folder / f"{name}{end}" / "model.safetensors" for end in ("", "-stopped"))
     assert whole.read_bytes() == stopped.read_bytes()
 
 
 def test_what_ranks_refuse(trained):
-    size, _, ranks = trained
+    mesh, _, ranks = trained
     for rank in ranks:
         assert rank["other"] == "the recipe of rank 1 is not rank 0's: every rank needs the same"
-        assert rank["lora"] == "recipe: adapters (lora) learn in one process; with --tp whole parts do"
-        assert re.search(rf"step-\d+ is not of {size} ranks: it holds state.pt$", rank["alone"])
+        assert rank["lora"] == "recipe: adapters (lora) learn in one process; over ranks whole parts do"
+        assert re.search(
+            rf"step-\d+ was written by one process, and cannot be gone on with by {len(ranks)} ranks", rank["alone"]
+        )
+        uneven = "must be a multiple of the 2 data-parallel ranks that share them out, got 3"
+        assert rank.get("uneven", "").endswith(uneven) == (mesh == "2x2")
+
+
+def test_data_parallel_ranks_share_the_rows_out(trained):
+    mesh, _, ranks = trained
+    tensor, data = map(int, mesh.split("x"))
+    for first in range(tensor):
+        peers = [rank["held"] for rank in ranks[first::tensor]]
+        for name, (_, num, rows) in peers[0].items():
+            assert sum(held[name][0] for held in peers) == num, name
+            assert max(held[name][0] for held in peers) <= 0.6 * num or data == 1 or rows == 1
+
+
+def test_another_number_of_data_parallel_ranks_goes_on(folder, trained):
+    mesh, _, ranks = trained
+    tensor, data = map(int, mesh.split("x"))
+    if data == 1:
+        return
+    recipe = recipes(folder, mesh, "ranks")[-1]
+    left = replace(recipe, out=f"{recipe.out}-left")
+    (rest, _), again = run_ranks(tensor, train_work.gone_on_with, left, 1), torch.tensor(ranks[0]["curves"][-1][3:])
+    torch.testing.assert_close(torch.tensor(rest), again, rtol=1e-5, atol=0)
+    other = replace(recipe, out=f"{recipe.out}-stopped")
+    assert all(
+        "another number of tensor-parallel ranks than 1" in w for w in run_ranks(2, train_work.gone_on_with, other, 2)
+    )
 
 
 def command(folder, out, *words):
@@ -120,7 +155,7 @@ def test_the_command_trains_over_two_ranks(folder):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("step 20/20") == 1 and len(lines(folder, "command")) == 20
     again = run(folder, "command", "--resume")
-    assert again.returncode == 2 and "is not of 1 rank: it holds state-0-of-2.pt, state-1-of-2.pt" in again.stderr
+    assert again.returncode == 2 and "was written by ranks, and cannot be gone on with by one process" in again.stderr
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
@@ -135,7 +170,7 @@ def test_a_rank_killed_in_a_step_ends_all_and_nothing_but_the_steps_since_is_los
     assert made and not (folder / "killed" / "config.json").exists()
     steps = int(made[-1].name[5:])
     half = shutil.copytree(made[-1], made[-1].with_name("step-00099999.partial"))  # a kill while it was written
-    (half / "state-1-of-2.pt").write_bytes(b"half")
+    (half / "__1_0.distcp").write_bytes(b"half")
     before = lines(folder, "killed")
     assert steps % 2 == 0 and len(before) - 2 <= steps <= len(before)
     more = ["--tp", "2", "--resume", "--set", "steps=100000", "--set", "log_every=1"]

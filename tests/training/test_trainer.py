@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from nvlm_runtime import NVLM
 from nvlm_runtime.training.checkpoint import checkpoints
+from nvlm_runtime.training.objective import Objective
 from nvlm_runtime.training.optimizer import Optimizer, learning_rate
 from nvlm_runtime.training.recipe import bundled_recipes, read_recipe
 from nvlm_runtime.training.rows import BadRow
@@ -190,10 +191,40 @@ def test_decay_leaves_vectors_alone_unless_asked(tmp_path):
         recipe = recipe_of(tmp_path, "x", decay_norms_and_gates=str(decays).lower())
         trainer = Trainer(recipe, log=quiet)
         trainer.source.close()
-        without = [p for g in trainer.optimizer.adam.param_groups if g["weight_decay"] == 0 for p in g["params"]]
+        groups = trainer.optimizer.optimizers["adamw"].param_groups
+        without = [p for g in groups if g["weight_decay"] == 0 for p in g["params"]]
         names = {n for n, p in trainer.optimizer.masters.items() if any(p is q for q in without)}
         vectors = {n for n, p in trainer.learns.items() if p.dim() < 2}
         assert names == (set() if decays else vectors) and any(n.endswith("gate") for n in vectors)
+
+
+def test_muon_moves_hidden_matrices_by_orthogonal_ones(tmp_path):
+    recipe = recipe_of(tmp_path, "x", muon_lr=0.01, warmup=0, weight_decay=0.0)
+    trainer = Trainer(recipe, log=quiet)
+    before = {name: p.detach().clone() for name, p in trainer.learns.items()}
+    trainer.step()
+    trainer.source.close()
+    by_muon = {name for name, kind in trainer.optimizer.kinds.items() if kind == "muon"}
+    matrices = {name for name, p in trainer.learns.items() if p.dim() == 2}
+    assert by_muon and matrices - by_muon == {f"language_model.{n}.weight" for n in ("embed_tokens", "lm_head")}
+    for name in by_muon:
+        moved = (trainer.learns[name].detach() - before[name]) / (0.01 * 0.2 * max(before[name].shape) ** 0.5)
+        sizes = torch.linalg.svdvals(moved)
+        assert sizes[0] < 1.3 and sizes[7] > 0.5, name  # as a gradient of low rank has them, these are far apart
+
+
+def test_a_run_by_muon_is_gone_on_with(tmp_path):
+    whole, stopped = (
+        Trainer(recipe_of(tmp_path, "x", out=out, muon_lr=0.01, steps=6), log=quiet) for out in ("whole", "stopped")
+    )
+    whole.run()
+    for _ in range(3):
+        stopped.step()
+    stopped.checkpoint()
+    stopped.source.close()
+    Trainer(stopped.recipe, resume=True, log=quiet).run()
+    ends = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "stopped")]
+    assert ends[0] == ends[1]
 
 
 def test_the_rate_of_a_step():
@@ -206,13 +237,13 @@ def test_the_rate_of_a_step():
 
 def test_what_is_not_finite_ends_the_run_and_moves_nothing(tmp_path, monkeypatch):
     trainer = Trainer(recipe_of(tmp_path, "d", steps=6, checkpoint_every=2), log=quiet)
-    original, calls = Trainer.loss, []
+    original, calls = Objective.forward, []
 
-    def loss(self, batch):
+    def forward(self, batch, loss_rows):
         calls.append(batch)
-        return original(self, batch) * (math.nan if len(calls) == 4 else 1)
+        return original(self, batch, loss_rows) * (math.nan if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(Trainer, "loss", loss)
+    monkeypatch.setattr(Objective, "forward", forward)
     with pytest.raises(ValueError, match="step 4: the loss is nan"):
         trainer.run()
     assert [path.name for path in checkpoints(trainer.folder)] == ["step-00000002", "step-00000003"]

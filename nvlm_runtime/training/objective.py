@@ -1,0 +1,67 @@
+"""A micro-batch to its loss, from pixels on, as one module: what a training step runs, and what FSDP shares out."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nvlm_runtime.layout import ImageLayout, Layout, cross_pieces
+from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.training.loss import token_loss
+from nvlm_runtime.training.packing import Packed
+
+
+class Objective(nn.Module):
+    """`forward(batch, loss_rows)`: the sum of a micro-batch's cross-entropies, fp32 scalar.
+
+    evenly: every call runs every module once, whatever the batch holds, and gives every weight that learns a gradient:
+    ranks that share weights out meet in each module. A batch without a picture gets one that no token sees; its
+    gradients are zero.
+    """
+
+    def __init__(self, model: NVLMModel, evenly: bool = False):
+        super().__init__()
+        self.model, self.evenly = model, evenly
+
+    @property
+    def tower_learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.model.vision_model.parameters())
+
+    def features(self, tiles: Tensor) -> Tensor:
+        """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size]. N may be 0. A gradient where the tower learns."""
+        vision = self.model.config.vision
+        weight = self.model.language_model.embed_tokens.weight
+        if not len(tiles):
+            return weight.new_zeros(0, vision.num_patches, vision.hidden_size)
+        with torch.set_grad_enabled(self.tower_learns):
+            return self.model.encode(tiles.to(weight.device, weight.dtype))
+
+    def forward(self, batch: Packed, loss_rows: int) -> Tensor:
+        if self.evenly:
+            batch = with_unseen_picture(self.model, batch)
+            tiles = self.features(torch.cat(batch.pixel_values))
+            features = tiles.split([len(tiles) for tiles in batch.pixel_values])
+        else:
+            features = [self.features(tiles) for tiles in batch.pixel_values]
+        device = self.model.language_model.embed_tokens.weight.device
+        ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+        hidden = self.model(ids, batch.layouts, features, batch.documents)
+        return token_loss(self.model.language_model, hidden, labels, loss_rows)
+
+
+def with_unseen_picture(model: NVLMModel, batch: Packed) -> Packed:
+    """The batch; where it holds no picture, with one of one black tile in its first row, which no row's interval
+    reaches and which has no slot.
+    """
+    if any(layout.images for layout in batch.layouts):
+        return batch
+    config = model.config
+    cross = (0,) if cross_pieces(config, 2, ((), ())) else ()
+    length = len(cross) * config.tokens_per_tile
+    image = ImageLayout(1, (0, 0), (), (), cross, (0, length), 0)
+    size = config.vision.image_size
+    return replace(
+        batch,
+        layouts=(Layout((image,), batch.layouts[0].intervals), *batch.layouts[1:]),
+        pixel_values=(torch.zeros(1, 3, size, size), *batch.pixel_values[1:]),
+    )
