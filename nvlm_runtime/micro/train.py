@@ -37,7 +37,7 @@ COMPILED_STEPS = 200  # of the tower; compiling it takes longer than fewer of th
 class Sizes:
     """Of a run. steps: of the decoder, both stages together. rows: of 1,024 tokens, a step; None for `ROWS`."""
 
-    steps: int = 6000
+    steps: int = 4500
     tower_steps: int = 3000
     num_documents: int = 20000
     rows: int | None = None
@@ -141,9 +141,10 @@ def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents:
         steps=steps,
         lr=2e-3,
         lr_min=1e-3 if is_first else 0.0,
+        muon_lr=1e-2,
         warmup=min(200 if is_first else 50, steps - 1),
         rows=sizes.rows or ROWS[variant],
-        shuffled_tiles=0.5,
+        shuffled_tiles=0.0 if is_first else 0.25,  # a transcription does not ask which tile is which
         seed=seed,
         checkpoint_every=250,
         keep=1,

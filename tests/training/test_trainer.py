@@ -199,7 +199,7 @@ def test_decay_leaves_vectors_alone_unless_asked(tmp_path):
 
 
 def test_muon_moves_hidden_matrices_by_orthogonal_ones(tmp_path):
-    recipe = recipe_of(tmp_path, "x", muon_lr=0.01, warmup=0, weight_decay=0.0)
+    recipe = recipe_of(tmp_path, "d", muon_lr=0.01, warmup=0, weight_decay=0.0)
     trainer = Trainer(recipe, log=quiet)
     before = {name: p.detach().clone() for name, p in trainer.learns.items()}
     trainer.step()
