@@ -37,4 +37,16 @@ MUTATIONS = [
         "dsums past the last row",
     ),
     (FILE, "return dqkv, dsums, None, dq_weight", "return dqkv, None, None, dq_weight", "no gradient through the sums"),
+    (
+        FILE,
+        "r = inverse_rms(x, C, eps)",
+        "r = inverse_rms(x.to(tl.bfloat16).to(tl.float32), C, eps)",
+        "trap 24: the statistic is of rounded numbers",
+    ),
+    (
+        FILE,
+        "tl.store(sums_ptr + row * 2, tl.sum(q * q, axis=1), mask=row < rows)",
+        "tl.store(sums_ptr + row * 2, tl.sum(q * q, axis=1).to(tl.bfloat16), mask=row < rows)",
+        "trap 24: q's sum is rounded",
+    ),
 ]

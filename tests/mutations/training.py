@@ -2,7 +2,7 @@ TESTS = ("tests/training/test_data.py", "tests/training/test_packing.py", "tests
 DOCUMENTS, PACKING = "nvlm_runtime/training/documents.py", "nvlm_runtime/training/packing.py"
 SOURCE, TRAINER = "nvlm_runtime/training/source.py", "nvlm_runtime/training/trainer.py"
 OPTIMIZER, PROMPT = "nvlm_runtime/training/optimizer.py", "nvlm_runtime/prompt.py"
-ATTENTION = "nvlm_runtime/attention.py"
+ATTENTION, OBJECTIVE = "nvlm_runtime/attention.py", "nvlm_runtime/training/objective.py"
 MUTATIONS = [
     (DOCUMENTS, "tuple(labels[1:])", "tuple(labels[:-1])", "labels are the tokens themselves"),
     (PROMPT, "writer.answers.append((start, ", "writer.answers.append((start - 1, ", "the prefix's newline is learnt"),
@@ -22,22 +22,24 @@ MUTATIONS = [
     ),
     (
         TRAINER,
-        "loss = self.loss(batch) / max(1, learnt)",
-        "loss = self.loss(batch) / max(1, int((batch.labels != IGNORE).sum()))",
+        "loss = self.objective(batch, self.recipe.loss_rows) / max(1, learnt)",
+        "loss = self.objective(batch, self.recipe.loss_rows) / max(1, int((batch.labels != IGNORE).sum()))",
         "micro-batches count alike",
     ),
     (
         SOURCE,
-        "                if given <= skip:\n",
-        "                if given < skip:\n",
+        "enumerate(groups[skip:], skip + 1)",
+        "enumerate(groups[max(0, skip - 1):], max(1, skip))",
         "a resumed run reads a batch again",
     ),
     (OPTIMIZER, "recipe.decay_norms_and_gates or p.dim() > 1", "True", "trap 32: gates and norms decay"),
     (OPTIMIZER, "grad if master.grad is None else master.grad.add_(grad)", "grad", "only the last micro-batch counts"),
+    (OPTIMIZER, '"muon" if recipe.muon_lr and', '"muon" if', "Muon moves all there is"),
+    (OPTIMIZER, "self.peaks[kind] * rate / self.recipe.lr", "rate", "Muon has AdamW's rate"),
     (TRAINER, "        self._cut_metrics()\n", "", "lines of lost steps stay"),
     (
-        TRAINER,
-        "with torch.set_grad_enabled(self._tower_learns):",
+        OBJECTIVE,
+        "with torch.set_grad_enabled(self.tower_learns):",
         "with torch.set_grad_enabled(False):",
         "the tower never learns",
     ),

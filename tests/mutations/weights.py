@@ -18,4 +18,19 @@ MUTATIONS = [
     (CONFIG, 'section.choose("select_layer", (-1,), -1)', "pass", "trap 10: any select_layer is taken"),
     (CONFIG, "projector_eps: float = 1e-5", "projector_eps: float = 1e-6", "trap 25: Megatron's eps by default"),
     (CONFIG, 'section.choose("use_thumbnail", (True,))', "pass", "use_thumbnail is not asked for"),
+    (
+        CONFIG,
+        """section = _Section("llm_config", values)
+""",
+        """section = _Section("llm_config", values)
+    section.choose("cross_attention_hidden_size", (), ...)
+""",
+        "trap 26: a key of no use is refused",
+    ),
+    (
+        CONFIG,
+        'architecture == [f"NVLM_{variant.upper()}"]',
+        'architecture == ["NVLM_D_Model"]',
+        "trap 26: the class's name",
+    ),
 ]
