@@ -43,7 +43,7 @@ from nvlm_runtime.slots import Slots
 from nvlm_runtime.stages import Stages
 from nvlm_runtime.template import ChatTemplate
 from nvlm_runtime.tokenizer import TextStream, Tokenizer
-from nvlm_runtime.weights import DTYPES, checkpoint_digest, load, read_json
+from nvlm_runtime.weights import DTYPES, Told, checkpoint_digest, load, read_json
 
 ROUNDING = 256  # slots: requests of nearly the same length share their buffers
 BUNDLED = Path(__file__).parent / "models"
@@ -186,6 +186,7 @@ class NVLM:
         vision_split: VisionSplit = "tiles",
         lora: str | Path | None = None,
         merge: bool = True,
+        told: Told = lambda read, total: None,
         **options: Any,
     ) -> "NVLM":
         """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder.
@@ -196,9 +197,9 @@ class NVLM:
         group: the ranks that hold the model together (`ranks.join`). Every rank loads its share, then makes the same
         calls with the same arguments and gets the same answers. vision_split: "tiles" or "heads" (`parallel`).
         dtype: None is config.json's torch_dtype. attention: what prompts' self-attention goes through, torch's own or
-        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. options: as of NVLM. Raises
-        FileNotFoundError or ValueError as `weights.load` and `load_lora` do, and ValueError where flash-attn is asked
-        for and cannot run.
+        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. told: of what is read, as
+        `weights.load` tells. options: as of NVLM. Raises FileNotFoundError or ValueError as `weights.load` and
+        `load_lora` do, and ValueError where flash-attn is asked for and cannot run.
         """
         if dtype is not None and dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
@@ -213,7 +214,7 @@ class NVLM:
             tokenizer.special(special)
         template = ChatTemplate.load(folder)
         group.check_same("the checkpoint", checkpoint_digest(folder))
-        model, _ = load(folder, device, dtype, group, vision_split)
+        model, _ = load(folder, device, dtype, group, vision_split, told=told)
         if lora is not None and scheme_of(model):
             raise ValueError(f"{folder} is quantised, and quantised weights know no adapters")
         if lora is not None:

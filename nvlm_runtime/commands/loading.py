@@ -1,7 +1,10 @@
 """The model and the sampling that the arguments ask for."""
 
 import argparse
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +13,24 @@ from nvlm_runtime.engine import NVLM
 from nvlm_runtime.parallel import SOLO
 from nvlm_runtime.ranks import in_group, join, wait_for_loading
 from nvlm_runtime.sampling import GenerationParams
+from nvlm_runtime.weights import Told
+
+LARGE = 1 << 30  # bytes of a checkpoint that is seen to be read
+
+
+@contextmanager
+def loading_bar() -> Iterator[Told]:
+    """What `weights.load` may tell of a large checkpoint: rank 0 shows it on a terminal."""
+    if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")):
+        yield lambda read, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = "loading", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", visible=False)
+        yield lambda read, total: bar.update(task, completed=read, total=total, visible=total >= LARGE)
 
 
 def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
@@ -20,20 +41,22 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
         raise ValueError(f"nvlm {args.command} runs in one process, and torchrun started several")
     else:
         group, device = SOLO, args.device
-    model = NVLM.load(
-        args.model,
-        device,
-        getattr(torch, args.dtype) if args.dtype else None,
-        group=group,
-        vision_split=getattr(args, "vision_split", "tiles"),
-        native=False if args.no_compile else None,
-        graphs=args.graphs,
-        check=args.check,
-        speculate=args.speculate,
-        quantize=scheme_of_words(args.quantize),
-        lora=args.lora,
-        **options,
-    )
+    with loading_bar() as told:
+        model = NVLM.load(
+            args.model,
+            device,
+            getattr(torch, args.dtype) if args.dtype else None,
+            group=group,
+            vision_split=getattr(args, "vision_split", "tiles"),
+            native=False if args.no_compile else None,
+            graphs=args.graphs,
+            check=args.check,
+            speculate=args.speculate,
+            quantize=scheme_of_words(args.quantize),
+            lora=args.lora,
+            told=told,
+            **options,
+        )
     wait_for_loading(group)
     return model
 

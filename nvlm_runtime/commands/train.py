@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nvlm_runtime.commands.loading import loading_bar
 from nvlm_runtime.devices import peak_flops
 from nvlm_runtime.micro.train import Sizes, train_micro
 from nvlm_runtime.ranks import in_group, join_mesh, wait_for_loading
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     writer = _tensorboard(recipe) if speaks else None
     console = Console(stderr=True, quiet=not speaks)
     log = partial(console.print, markup=False, highlight=False)
-    trainer = Trainer(recipe, args.resume, device, log, mesh)
+    with loading_bar() as told:
+        trainer = Trainer(recipe, args.resume, device, log, mesh, told)
     wait_for_loading(mesh.world)
     peak = peak_flops(trainer.device, getattr(torch, recipe.precision))
     try:

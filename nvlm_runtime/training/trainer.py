@@ -36,7 +36,7 @@ from nvlm_runtime.training.packing import Packed
 from nvlm_runtime.training.recipe import Recipe
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.source import Dataset, Source
-from nvlm_runtime.weights import load, save, square_norm, write_json
+from nvlm_runtime.weights import Told, load, save, square_norm, write_json
 
 METRICS = "metrics.jsonl"
 
@@ -87,7 +87,7 @@ class Trainer:
     """A run of a recipe. `resume`: from its newest whole checkpoint; without one in its folder, that is an error.
 
     mesh: of ranks that share the model; a tower that learns is cut by heads, one that does not takes shares of tiles,
-    or is cut too where the model's rows are shared out.
+    or is cut too where the model's rows are shared out. told: as of `weights.load`.
     Raises ValueError or OSError, before anything is written, for a model of another variant, for data that is not there
     and for a folder that holds another run; over ranks also for adapters, for ranks of other recipes, and for
     micro-batches that cannot be shared out evenly.
@@ -100,6 +100,7 @@ class Trainer:
         device: str = "cpu",
         log: Callable[[str], None] = print,
         mesh: Mesh | None = None,
+        told: Told = lambda read, total: None,
     ):
         self.recipe, self.out, self.log = recipe, Path(recipe.out), log
         self.mesh = mesh = mesh or Mesh()
@@ -124,10 +125,10 @@ class Trainer:
         dtype = getattr(torch, recipe.precision)
         if mesh.data.size == 1:
             split = "heads" if "vision" in recipe.train else "tiles"
-            self.model, self.values = load(base, device, dtype, mesh.tensor, split)
+            self.model, self.values = load(base, device, dtype, mesh.tensor, split, told=told)
             self.objective = Objective(self.model)
         else:
-            self.model, self.values = load(base, device, dtype, mesh.tensor, "heads", self._allocate_shares)
+            self.model, self.values = load(base, device, dtype, mesh.tensor, "heads", self._allocate_shares, told)
         if scheme_of(self.model):
             raise ValueError(f"{base} is quantised: it answers, and does not learn")
         if self.model.config.variant != recipe.variant:

@@ -1,6 +1,8 @@
 """The published layout, written here by hand from its description, against the loader; and everything it refuses."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nvlm_runtime.commands import loading
 from nvlm_runtime.config import RopeScaling, from_hf, to_hf
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.micro.vocabulary import make_tokenizer
@@ -158,6 +161,33 @@ def edit_shard(folder, name, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+
+
+def test_what_is_told_while_it_loads(checkpoint):
+    told = []
+    load(checkpoint, told=lambda read, total: told.append((read, total)))
+    stored = published_tensors()
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert len(told) == len(stored) and {total for _, total in told} == {size}
+    assert [read for read, _ in told] == sorted({read for read, _ in told})
+    assert told[-1][0] == sum(tensor.nbytes for tensor in stored.values()) <= size
+
+
+def test_a_large_checkpoint_is_seen_to_be_read_on_a_terminal(checkpoint, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(large, rank="0"):
+        monkeypatch.setattr(loading, "LARGE", large)
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr("sys.stderr", Terminal())
+        with loading.loading_bar() as told:
+            load(checkpoint, told=told)
+        return sys.stderr.getvalue()
+
+    assert "loading" in shown(0)
+    assert "loading" not in shown(1 << 30) and not shown(0, rank="1")
 
 
 def test_published_layout_loads_and_survives_a_round_trip(checkpoint, tmp_path):
