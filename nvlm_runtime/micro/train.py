@@ -141,7 +141,7 @@ def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents:
         steps=steps,
         lr=2e-3,
         lr_min=1e-3 if is_first else 0.0,
-        muon_lr=1e-2,
+        muon_lr=4e-3,
         warmup=min(200 if is_first else 50, steps - 1),
         rows=sizes.rows or ROWS[variant],
         shuffled_tiles=0.0 if is_first else 0.25,  # a transcription does not ask which tile is which
