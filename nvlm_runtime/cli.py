@@ -152,6 +152,14 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--vision-split", choices=("tiles", "heads"), default="tiles", help="(default: %(default)s)")
     parser.add_argument("--train", choices=("pretrain", "sft"), help="plan a stage of the paper instead")
+    parser.add_argument(
+        "--fsdp",
+        dest="data",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --train: groups of GPUs that share weights out",
+    )
     _json_option(parser)
 
 

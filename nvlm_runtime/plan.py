@@ -17,6 +17,7 @@ from nvlm_runtime.engine import ROUNDING
 from nvlm_runtime.model import NVLMModel, outline
 from nvlm_runtime.parallel import Group, VisionSplit, sizes
 from nvlm_runtime.slots import cache_bytes, free_bytes
+from nvlm_runtime.training.recipe import PARTS
 from nvlm_runtime.training.trainer import part_of
 
 CHUNK = 512  # tokens of a prompt that are read at a time
@@ -70,21 +71,27 @@ def plan_model(
     vision_split: VisionSplit = "tiles",
     dtype: torch.dtype = torch.bfloat16,
     trains: tuple[str, ...] = (),
+    data: int = 1,
 ) -> Plan:
-    """trains: parts that learn, with recomputed activations and rows of `context` tokens; () plans inference.
+    """trains: parts that learn, with recomputed activations and rows of `context` tokens; () plans inference. data:
+    groups of `size` ranks that share weights out by FSDP and have `batch` rows each.
 
     Raises ValueError for sizes below 1, a context beyond the model's and a number of ranks that cannot share the heads.
     """
-    for name, value in (("batch", request.batch), ("context", request.context), ("tp", size)):
+    for name, value in (("batch", request.batch), ("context", request.context), ("tp", size), ("fsdp", data)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= request.tiles <= config.max_tiles + 1:
         raise ValueError(f"tiles must be from 0 to {config.max_tiles + 1}, thumbnail included, got {request.tiles}")
     if request.context > config.text.context:
         raise ValueError(f"the context of this model is {config.text.context} tokens, got {request.context}")
+    if data > 1 and not trains:
+        raise ValueError(f"fsdp shares weights out in training alone: got fsdp {data} without parts that learn")
+    if data > 1:
+        vision_split = "heads"  # as the trainer cuts the tower then
     model = outline(config, Group(0, size), vision_split).to(dtype)
     if trains:
-        found = _training_bytes(model, request, trains, on_cpu=device.name == CPU)
+        found = _training_bytes(model, request, trains, on_cpu=device.name == CPU, data=data)
     else:
         found = _inference_bytes(model, request, dtype)
     return Plan(device, size, found, {} if trains else _seconds(model, request, device, vision_split, dtype))
@@ -125,21 +132,37 @@ def _inference_bytes(model: NVLMModel, request: Request, dtype: torch.dtype) -> 
     }
 
 
+def _state_bytes(model: NVLMModel, trains: tuple[str, ...], data: int) -> dict[str, int]:
+    """Weights, gradients and moments. FSDP holds weights in fp32, a share of each, and gathers them in the model's
+    dtype: what is outside of layers for all of the step, a layer and the next one while it runs.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    learns, whole = (sum(num for name, num in sizes.items() if part_of(name) in parts) for parts in (trains, PARTS))
+    size = next(model.parameters()).element_size()
+    if data == 1:
+        masters = 4 * learns if size < 4 else 0
+        weights = {"weights": weight_bytes(model), "fp32 masters": masters, "gradients": 4 * learns}
+        return weights | {"optimizer": 8 * learns}
+    layers = [*model.vision_model.encoder.layers, *model.language_model.layers]
+    each = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    gathered = whole - sum(each) + 2 * max(each)
+    return {
+        "weights": 4 * -(-whole // data),
+        "gathered weights": gathered * size,
+        "gradients": 4 * -(-learns // data) + min(learns, gathered) * size,
+        "optimizer": 8 * -(-learns // data),
+    }
+
+
 def _training_bytes(
-    model: NVLMModel, request: Request, trains: tuple[str, ...], on_cpu: bool = False
+    model: NVLMModel, request: Request, trains: tuple[str, ...], on_cpu: bool = False, data: int = 1
 ) -> dict[str, int]:
     """The step of a recipe whose activations are made again, rows packed full of pictures with a question each."""
-    learns = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in trains)
     config, text, size = model.config, model.shard.text, next(model.parameters()).element_size()
     tokens = request.batch * request.context
     qkv = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
     layer = tokens * (20 * text.hidden_size + 10 * text.intermediate_size + 6 * qkv) * size
-    masters = 4 * learns if size < 4 else 0
-    found = {
-        "weights": weight_bytes(model),
-        "fp32 masters": masters,
-        "gradients": 4 * learns,
-        "optimizer": 8 * learns,
+    found = _state_bytes(model, trains, data) | {
         "kept activations": 2 * text.num_hidden_layers * tokens * text.hidden_size * size,
         "a layer's activations": layer,
         "logits of a chunk": min(tokens, CHUNK) * text.vocab_size * (size + 8),
@@ -153,7 +176,7 @@ def _training_bytes(
         rows, layers = tiles * (vision.num_patches + 1), vision.num_hidden_layers
         tower = rows * layers * (10 * vision.hidden_size + 3 * vision.intermediate_size)
     else:
-        tower = tiles // request.batch * (vision.num_patches + 1)  # row by row
+        tower = tiles // (request.batch if data == 1 else 1) * (vision.num_patches + 1)  # row by row, but under FSDP
         tower *= 5 * vision.hidden_size + 2 * vision.intermediate_size
     projected = 3 * 4 * vision.hidden_size + (2 if config.variant == "x" else 4) * text.hidden_size
     if config.variant != "x":
@@ -204,22 +227,26 @@ def suggestions(
     vision_split: VisionSplit,
     dtype: torch.dtype,
     trains: tuple[str, ...],
+    data: int = 1,
 ) -> list[str]:
     """What would make it fit, or, where it does, how much more would."""
 
-    def fits(size: int = plan.size, **changes: int) -> bool:
+    def fits(size: int = plan.size, data: int = data, **changes: int) -> bool:
         asked = Request(**{**vars(request), **changes})
-        return plan_model(config, asked, plan.device, size, vision_split, dtype, trains).fits
+        return plan_model(config, asked, plan.device, size, vision_split, dtype, trains, data).fits
 
     found = []
     if not plan.fits:
         enough = next((size for size in sizes(config) if size > plan.size and fits(size)), None)
         if enough is not None:
             found.append(f"--tp {enough} fits")
+        groups = next((num for num in (2, 4, 8, 16, 32, 64) if trains and num > data and fits(data=num)), None)
+        if groups is not None:
+            found.append(f"--tp {plan.size} --fsdp {groups} fits")
     for name, most in (("batch", 4096), ("context", config.text.context)):
         best = _largest(lambda value, name=name: fits(**{name: value}), most)
         if best and best != getattr(request, name):
-            found.append(f"--{name} {best:,} is the most that fits at --tp {plan.size}")
+            found.append(f"--{name} {best:,} is the most that fits at --tp {plan.size}{f' --fsdp {data}' * (data > 1)}")
     return found
 
 

@@ -23,16 +23,16 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = find_device(args.device), getattr(torch, args.dtype)
     trains = trained_parts(config.variant, args.train) if args.train else ()
     request = Request(args.batch, args.context, args.tiles)
-    plan = plan_model(config, request, device, args.size, args.vision_split, dtype, trains)
-    words = suggestions(config, request, plan, args.vision_split, dtype, trains)
+    plan = plan_model(config, request, device, args.size, args.vision_split, dtype, trains, args.data)
+    words = suggestions(config, request, plan, args.vision_split, dtype, trains, args.data)
     if args.json:
-        values = {"name": args.name, "device": device.name, "memory": device.memory, "tp": args.size}
+        values = {"name": args.name, "device": device.name, "memory": device.memory, "tp": args.size, "fsdp": args.data}
         values |= {"batch": args.batch, "context": args.context, "tiles": args.tiles, "dtype": args.dtype}
         values |= {"trains": list(trains), "bytes": plan.bytes, "total": plan.total, "fits": plan.fits}
         print(json.dumps(values | {"predicted_seconds": plan.seconds, "suggestions": words}))
         return 0
     console = Console()
-    title = f"{args.name} on {args.size} x {device.name}, {args.dtype}"
+    title = f"{args.name} on {args.size * args.data} x {device.name}, {args.dtype}"
     table = Table("bytes of a rank", "GB", "share", title=title)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -9,7 +9,7 @@ from bench.synthetic import full_tokenizer, shape_config
 from nvlm_runtime import NVLM
 from nvlm_runtime.cli import main
 from nvlm_runtime.devices import DEVICES
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model import NVLMModel, outline
 from nvlm_runtime.parallel import Group
 from nvlm_runtime.plan import Request, find_device, plan_model
 from nvlm_runtime.presets import PRESETS
@@ -78,6 +78,21 @@ def test_training_counts_what_the_stage_learns():
     assert not plan.seconds
 
 
+def test_groups_share_weights_gradients_and_moments_out():
+    config, trains = PRESETS["nvlm-d-72b"], trained_parts("d", "sft")
+    alone, shared = (
+        plan_model(config, Request(1, 4096, 7), H100, 8, "heads", trains=trains, data=data).bytes for data in (1, 4)
+    )
+    model = outline(config, Group(0, 8), "heads")
+    whole = sum(p.numel() for p in model.parameters())
+    assert shared["weights"] == pytest.approx(4 * whole / 4, rel=1e-6)  # in fp32: as many bytes as masters
+    assert shared["optimizer"] == pytest.approx(alone["optimizer"] / 4, rel=1e-6)
+    layers = [*model.language_model.layers, *model.vision_model.encoder.layers]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    assert shared["gathered weights"] == 2 * (whole - sum(sizes) + 2 * max(sizes))
+    assert sum(shared.values()) < sum(alone.values())
+
+
 def test_a_tokens_time_is_its_bytes():
     plan = plan_model(PRESETS["nvlm-d-72b"], Request(1, 4096, 7), H100, 8)
     with torch.device("meta"):
@@ -95,6 +110,8 @@ def test_a_tokens_time_is_its_bytes():
             "3 ranks cannot share 64 heads and 8 kv heads evenly: this model can be",
         ),
         (["nvlm-d-72b", "--context", "40000"], "the context of this model is 32768 tokens, got 40000"),
+        (["nvlm-d-72b", "--train", "sft", "--fsdp", "0"], "fsdp must be at least 1, got 0"),
+        (["nvlm-d-72b", "--fsdp", "2"], "fsdp shares weights out in training alone"),
         (["nvlm-d-72b", "--batch", "0"], "batch must be at least 1, got 0"),
         (["nvlm-d-72b", "--tiles", "9"], "tiles must be from 0 to 7, thumbnail included, got 9"),
         (["nvlm-d-72b", "--device", "b200"], "unknown device 'b200': expected cpu or one of a100, h100, h200"),
