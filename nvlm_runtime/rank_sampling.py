@@ -1,16 +1,20 @@
 """Drawing from logits that lie on several ranks: each has those of its vocabulary rows, and all draw the same token.
 
 The largest logit, a temperature, min-p and the penalty need a few numbers a row from each rank, never its logits: the
-largest of each, then each one's mass, then how much of it lies below the draw. top-k and top-p sort the whole
-vocabulary; for a batch that asks for them the logits are gathered and drawn from as one process does.
-The token is one process's, but where a draw falls within fp32's rounding of the boundary between two.
+largest of each, then each one's mass, then how much of it lies below the draw. For top-k and top-p every rank gives its
+CANDIDATES likeliest tokens. They are enough where the least likely token that is kept is likelier than what any rank
+held back; the host looks whether it is so, and a batch with another row has its logits gathered and drawn from as one
+process does. The token is one process's, but where a draw falls within fp32's rounding of the boundary between two.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nvlm_runtime.parallel import Group
 from nvlm_runtime.sampling import Draw, Sampling, draw, uniform
+
+CANDIDATES = 512  # of a rank
 
 
 def draw_over_ranks(
@@ -18,12 +22,11 @@ def draw_over_ranks(
 ) -> Tensor:
     """As `sampling.draw`, of this rank's logits [B, V / size]; vocab_size: the embedding's rows, without padding.
 
-    Collectives: one gather; two and a sum more where a row has a temperature or a penalty.
+    Collectives: one gather; two and a sum more where a row has a temperature or a penalty, or, with top-k or top-p, a
+    sum and a gather, and one more where the candidates were not enough.
     """
     if group.size == 1:
         return draw(logits, sampling, positions, kind)
-    if kind == Draw.SORTED:
-        return draw(group.gather(logits)[:, :vocab_size], sampling, positions, kind)
     first, known = group.rank * logits.shape[1], sampling.seen.shape[1]
     width = max(0, min(logits.shape[1], known - first))  # of the tokenizer's ids
     local = logits[:, :width].float()
@@ -40,8 +43,13 @@ def draw_over_ranks(
     winner = table[..., 0].argmax(0, keepdim=True)
     tokens = table[..., 1].gather(0, winner)[0].long()
     finite = table[..., 2].amin(0) > 0
-    if kind >= Draw.PLAIN:
+    if kind == Draw.SORTED:
+        drawn = _draw_candidates(local, first, logits.shape[1], table[..., 0].amax(0), sampling, positions, group)
+        if drawn is None:
+            return draw(group.gather(logits)[:, :vocab_size], sampling, positions, kind)
+    elif kind == Draw.PLAIN:
         drawn = _draw_mass(local, table[..., 0].amax(0), sampling, positions, group)
+    if kind >= Draw.PLAIN:
         tokens = torch.where(sampling.temperature > 0, drawn.clamp(max=known - 1), tokens)
     sampling.seen.scatter_(1, tokens[:, None], True)
     return torch.where(finite, tokens, -1)
@@ -57,3 +65,43 @@ def _draw_mass(local: Tensor, most: Tensor, sampling: Sampling, positions: Tenso
     before = totals[: group.rank].sum(0)[:, None]
     below = before + mass <= (uniform(sampling.seed, positions) * totals.sum(0))[:, None]
     return group.all_reduce(below.sum(-1))
+
+
+def _draw_candidates(
+    local: Tensor, first: int, rows: int, most: Tensor, sampling: Sampling, positions: Tensor, group: Group
+) -> Tensor | None:
+    """Ids [B] drawn from what top-k, top-p and min-p leave of all ranks' candidates; None where a row needs more.
+
+    local: [B, <= rows], of ids from `first` on, after the penalty. rows: of any rank's vocabulary. most: as in
+    `_draw_mass`.
+    """
+    num = min(CANDIDATES, rows)
+    temperature = torch.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    local = (local - most[:, None].float()) / temperature
+    masses = group.all_reduce(local.exp().sum(-1, dtype=torch.float64))
+    ordered, order = local.sort(dim=-1, descending=True, stable=True)
+    held_back = ordered[:, num] if ordered.shape[1] > num else ordered.new_full((len(local),), -torch.inf)
+    ordered = F.pad(ordered[:, :num], (0, max(0, num - ordered.shape[1])), value=-torch.inf)
+    order = F.pad(order[:, :num], (0, num - min(num, order.shape[1])))
+    mine = torch.cat([held_back[:, None].double(), ordered.double(), (order + first).double()], dim=-1)
+    held_back, ordered, ids = torch.stack(group.all_gather(mine), dim=1).split([1, num, num], dim=-1)  # [B, ranks, *]
+    ordered, order = ordered.flatten(1).sort(dim=-1, descending=True, stable=True)  # equal ones by their ids
+    ids = ids.flatten(1).gather(-1, order).long()
+    weights = ordered.exp()  # the likeliest token's is 1
+    by_k = (sampling.top_k > 0)[:, None]
+    least_of_k = ordered.gather(-1, (sampling.top_k[:, None] - 1).clamp(0, ordered.shape[1] - 1))
+    weights = weights.masked_fill(by_k & (ordered < least_of_k), 0)
+    total = torch.where(by_k, weights.sum(-1, keepdim=True), masses[:, None])
+    before = weights.cumsum(-1) - weights
+    cut = (before >= sampling.top_p[:, None] * total) & (sampling.top_p < 1)[:, None]
+    weights = weights.masked_fill(cut | (weights < sampling.min_p[:, None]), 0)
+    kept = weights > 0
+    least = ordered.masked_fill(~kept, torch.inf).amin(-1)
+    enough = (least > held_back.amax((1, 2))) & (sampling.top_k <= ordered.shape[1]) | (sampling.temperature == 0)
+    if not bool(enough.all()):
+        return None
+    ids, order = ids.masked_fill(~kept, sampling.seen.shape[1]).sort(dim=-1)
+    mass = weights.gather(-1, order).cumsum(-1)
+    below = (mass <= uniform(sampling.seed, positions)[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    last = kept.sum(-1, keepdim=True) - 1
+    return ids.gather(-1, below.minimum(last))[:, 0]
