@@ -60,7 +60,7 @@ def step_bytes(model: NVLMModel, batch: int, context: int, dtype: torch.dtype) -
     """What a decoding step of text has to read: the decoder's layers and head once, each row's keys and values."""
     weights = weight_bytes(model)
     head = weights["head"] or weights["embedding"]
-    return weights["layers"] + head + batch * context * token_bytes(model.config, dtype)
+    return weights["layers"] + head + batch * context * token_bytes(model.shard, dtype)
 
 
 def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
@@ -73,29 +73,33 @@ def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
     return times
 
 
-def read_bandwidth(num_bytes: int = READ_BYTES, rounds: int = 5) -> float:
-    """Bytes a second of a sum over `num_bytes` on torch's threads, the median; numpy asks for huge pages."""
-    x = torch.from_numpy(np.ones(num_bytes // 4, np.float32))
-    return x.nbytes / statistics.median(_seconds(x.sum, rounds))
+def read_bandwidth(num_bytes: int = READ_BYTES, rounds: int = 5, device: torch.device | str = "cpu") -> float:
+    """Bytes a second of a sum over `num_bytes`, on a CPU on torch's threads, the median; numpy asks for huge pages."""
+    x = torch.from_numpy(np.ones(num_bytes // 4, np.float32)).to(device)
+    return x.nbytes / statistics.median(_seconds(lambda: x.sum().item(), rounds))
 
 
-def gemm_rate(size: int = GEMM_SIZE, rounds: int = 3) -> float:
+def gemm_rate(size: int = GEMM_SIZE, rounds: int = 3, device: torch.device | str = "cpu") -> float:
     """Flops a second of a square bf16 product, the median."""
-    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
-    return 2 * size**3 / statistics.median(_seconds(lambda: a @ b, rounds))
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    return 2 * size**3 / statistics.median(_seconds(lambda: (a @ b)[0, 0].item(), rounds))
 
 
 def card(model: NVLMModel, tokenizer: Tokenizer, plan: TilePlan, dtype: torch.dtype) -> dict[str, Any]:
-    """plan: of the image that is asked for. floor_ms: of a step at no context, its bytes at the measured bandwidth."""
-    bandwidth, step = read_bandwidth(), step_bytes(model, 1, 0, dtype)
+    """plan: of the image that is asked for. floor_ms: of a step at no context, its bytes at the measured bandwidth.
+
+    Of a rank of a group what it holds and reads itself, and its own machine's roofs.
+    """
+    device = next(model.parameters()).device
+    bandwidth, step = read_bandwidth(device=device), step_bytes(model, 1, 0, dtype)
     return {
         "weight_bytes": weight_bytes(model),
-        "kv_bytes_a_token": token_bytes(model.config, dtype),
-        "image_key_bytes": image_key_bytes(model.config, tokenizer, plan, dtype),
+        "kv_bytes_a_token": token_bytes(model.shard, dtype),
+        "image_key_bytes": image_key_bytes(model.shard, tokenizer, plan, dtype),
         "image_tiles": plan.num_tiles,
         "step_bytes": step,
         "read_gb_per_s": bandwidth / 1e9,
         "floor_ms": 1e3 * step / bandwidth,
         "ceiling_tokens_per_s": bandwidth / step,
-        "gemm_gflop_per_s": gemm_rate() / 1e9,
+        "gemm_gflop_per_s": gemm_rate(device=device) / 1e9,
     }

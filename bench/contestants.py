@@ -19,6 +19,7 @@ from nvlm_runtime.sampling import GenerationParams
 
 # what of ours is timed, by name: keyword arguments of NVLM
 CONFIGURATIONS: dict[str, dict[str, Any]] = {"ours": {}}
+ON_CUDA: dict[str, dict[str, Any]] = {"ours, graphs": {"graphs": True}}  # besides
 TOKEN = 9  # what prompts of a given length are made of
 
 
@@ -33,6 +34,12 @@ class Contestant(Protocol):
         """Seconds of each of `num` decoding steps of `batch` rows behind prompts of `context` tokens."""
 
 
+def wait(engine: NVLM) -> None:
+    """Until its device has done what it was told."""
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
 class Eager:
     """nvlm_runtime.plain. Its steps stand behind a cache of noise, which costs what a real one does."""
 
@@ -43,7 +50,9 @@ class Eager:
     def see(self, picture: Image.Image) -> float:
         began = time.perf_counter()
         pixel_values = self.engine.prepare("?", [picture]).pixel_values[0]
-        project(self.model, see(self.model.vision_model, pixel_values.to(self.engine.dtype)))
+        pixel_values = pixel_values.to(self.engine.device, self.engine.dtype)
+        project(self.model, see(self.model.vision_model, pixel_values))
+        wait(self.engine)
         return time.perf_counter() - began
 
     def first(self, picture: Image.Image, question: str) -> tuple[float, float]:
@@ -73,6 +82,7 @@ class Ours:
     def see(self, picture: Image.Image) -> float:
         began = time.perf_counter()
         self.engine.encode_image(picture)
+        wait(self.engine)
         return time.perf_counter() - began
 
     def first(self, picture: Any, question: str) -> tuple[float, float]:
@@ -130,18 +140,21 @@ class Transformers:
     def see(self, picture: Image.Image) -> float:
         began = time.perf_counter()
         pixel_values = self.engine.prepare("?", [picture]).pixel_values[0]
-        self.model.get_image_features(pixel_values.to(self.engine.dtype), vision_feature_layer=-1)
+        pixel_values = pixel_values.to(self.engine.device, self.engine.dtype)
+        self.model.get_image_features(pixel_values, vision_feature_layer=-1)
+        wait(self.engine)
         return time.perf_counter() - began
 
     @torch.inference_mode()
     def first(self, picture: Image.Image, question: str) -> tuple[float, float]:
         began = time.perf_counter()
         prepared = self.engine.prepare(question, [picture])
-        pixel_values = prepared.pixel_values[0].to(self.engine.dtype)
+        pixel_values = prepared.pixel_values[0].to(self.engine.device, self.engine.dtype)
         tokens = self.model.get_image_features(pixel_values, vision_feature_layer=-1)
+        wait(self.engine)
         seen = time.perf_counter() - began
         inputs = self._inputs(prepared.input_ids) | {"mm_encoder_outputs": {"image": tokens}, "logits_to_keep": 1}
-        self.draw(self.model(**inputs))
+        self.draw(self.model(**inputs)).tolist()
         return time.perf_counter() - began, seen
 
     @torch.inference_mode()
@@ -149,7 +162,7 @@ class Transformers:
         """The first `num` tokens of a greedy answer, through `forward` with pixels."""
         prepared = self.engine.prepare(question, [picture])
         inputs = self._inputs(prepared.input_ids)
-        pixel_values = prepared.pixel_values[0].to(self.engine.dtype)
+        pixel_values = prepared.pixel_values[0].to(self.engine.device, self.engine.dtype)
         tokens = [self.draw(self.model(**inputs, pixel_values=pixel_values, vision_feature_layer=-1))]
         while len(tokens) < num:
             tokens.append(self.draw(self.model(tokens[-1][:, None], past_key_values=inputs["past_key_values"])))
@@ -161,8 +174,9 @@ class Transformers:
         cache = self.new_cache(config=self.model.config.text_config)
         for layer in range(text.num_hidden_layers):
             shape = (batch, text.num_key_value_heads, context, text.head_dim)
-            cache.update(*(torch.randn(shape, dtype=self.engine.dtype) for _ in range(2)), layer)
-        token = torch.full((batch,), TOKEN)
+            noise = (torch.randn(shape, dtype=self.engine.dtype, device=self.engine.device) for _ in range(2))
+            cache.update(*noise, layer)
+        token = torch.full((batch,), TOKEN, device=self.engine.device)
         for _ in range(num):
             began = time.perf_counter()
             token = self.draw(self.model(token[:, None], past_key_values=cache, use_cache=True))
@@ -171,7 +185,8 @@ class Transformers:
 
     def _inputs(self, input_ids: Sequence[int]) -> dict[str, Any]:
         cache = self.new_cache(config=self.model.config.text_config)
-        return {"input_ids": torch.tensor([input_ids]), "past_key_values": cache, "use_cache": True}
+        ids = torch.tensor([input_ids], device=self.engine.device)
+        return {"input_ids": ids, "past_key_values": cache, "use_cache": True}
 
     @staticmethod
     def draw(output: Any) -> torch.Tensor:
@@ -179,11 +194,18 @@ class Transformers:
 
 
 def contestants(engine: NVLM, peers: Sequence[str]) -> dict[str, Contestant]:
-    """By name, in the order they take turns. ValueError for a peer that is not known or cannot be this model."""
+    """By name, in the order they take turns; of a group of ranks ours alone, for the others run whole models.
+
+    ValueError for a peer that is not known or cannot be this model.
+    """
+    if engine.model.group.size > 1:
+        if peers:
+            raise ValueError("--peers run whole models, not over ranks")
+        return {"ours": Ours(engine)}
     if unknown := set(peers) - {"transformers"}:
         raise ValueError(f"peers must be transformers, got {', '.join(sorted(unknown))}")
     found: dict[str, Contestant] = {"eager": Eager(engine)}
-    for name, options in CONFIGURATIONS.items():
+    for name, options in (CONFIGURATIONS | (ON_CUDA if engine.device.type == "cuda" else {})).items():
         found[name] = Ours(NVLM(engine.model, engine.tokenizer, **options))
     if peers:
         found["transformers"] = Transformers(engine)

@@ -6,6 +6,7 @@ batches, the memory a request takes, seconds from nothing to an answer of the co
 
 Contestants take turns within each round, over the same weights, tokens and pixels; medians with 20th and 80th
 percentile. `--against d` instead times variants: the first token after encoding, and a token, behind 7 tiles.
+`--tp N` times ours over N ranks of a group, a model of one rank's memory being too large or one rank too slow.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from nvlm_runtime.engine import BUNDLED
 from nvlm_runtime.handle import ImageHandle
 from nvlm_runtime.image import open_image, plan_tiles
 from nvlm_runtime.profile import check_matplotlib
+from nvlm_runtime.ranks import abandon, in_group, join, launch, leave, tell
 from nvlm_runtime.slots import cache_bytes
 
 PARTS = ("vision", "first", "decode", "batches", "startup")
@@ -82,10 +84,10 @@ class Times:
         return found
 
 
-def pictures(tiles: int, image_size: int, file: Path | None) -> Iterator[Image.Image]:
+def pictures(tiles: int, engine: NVLM, file: Path | None) -> Iterator[Image.Image]:
     """Pictures that were never seen, of 1 tile or of 6 and a thumbnail: noise, or a file with a pixel changed."""
     base = open_image(file).convert("RGB") if file and tiles > 1 else None
-    seed = time.time_ns() % 2**32
+    image_size, seed = engine.config.vision.image_size, engine.model.group.agree(time.time_ns() % 2**32)
     while True:
         seed += 1
         if base is not None:
@@ -114,7 +116,7 @@ def made_handle(engine: NVLM, picture: Image.Image) -> ImageHandle:
 
 
 def measure_vision(players: dict[str, Contestant], engine: NVLM, rounds: int, file: Path | None, times: Times) -> None:
-    single = pictures(1, engine.config.vision.image_size, file)
+    single = pictures(1, engine, file)
     for player in players.values():
         player.see(next(single))
     for _ in range(rounds):
@@ -124,8 +126,8 @@ def measure_vision(players: dict[str, Contestant], engine: NVLM, rounds: int, fi
 
 def measure_first(players: dict[str, Contestant], engine: NVLM, rounds: int, file: Path | None, times: Times) -> None:
     """Also the tiles' part of it, and the memory the first round takes."""
-    config, words = engine.config, question(engine)
-    new = pictures(7, config.vision.image_size, file)
+    config, words = engine.model.shard, question(engine)
+    new = pictures(7, engine, file)
     handles = {name: made_handle(player.engine, next(new)) for name, player in players.items() if type(player) is Ours}
     for index in range(rounds):
         for name, player in players.items():
@@ -135,7 +137,7 @@ def measure_first(players: dict[str, Contestant], engine: NVLM, rounds: int, fil
                 found.append(player.first(picture, words))
 
             # only the first time does a contestant allocate its caches, which are taken off the peak
-            peak = peak_bytes(run) if index == 0 else run()
+            peak = peak_bytes(run, engine.device) if index == 0 else run()
             seconds, seen = found[0]
             prepared = engine.prepare(words, [picture])
             tiles = prepared.plans[0].num_tiles
@@ -212,7 +214,7 @@ def measure_variants(engines: dict[str, NVLM], plan: Plan, file: Path | None) ->
     """The same picture of 7 tiles, encoded before the clock starts, in each variant; only ours plays."""
     times = Times()
     any_engine = next(iter(engines.values()))
-    picture, words = next(pictures(7, any_engine.config.vision.image_size, file)), question(any_engine)
+    picture, words = next(pictures(7, any_engine, file)), question(any_engine)
     plan_of_it = any_engine.prepare(words, [picture]).plans[0]
     players = {name: Ours(engine) for name, engine in engines.items()}
     handles, requests = {}, {}
@@ -321,6 +323,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--variant", choices=VARIANTS, default="d", help="of --shape (default: %(default)s)")
     options.add_argument("--against", choices=VARIANTS, nargs="+", help="time --variant against these, on --shape")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: its own; bfloat16 with --shape")
+    options.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    options.add_argument("--tp", type=int, metavar="N", help="ours alone, the model split over N processes")
     options.add_argument("--image", type=Path, help="the picture of several tiles (default: noise of 7)")
     options.add_argument("--peers", nargs="*", default=[], metavar="PEER", help="transformers")
     options.add_argument("--contexts", type=int, nargs="+", help=f"default: those of {CONTEXTS} that fit")
@@ -351,6 +355,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--variant belongs to --shape: a checkpoint is what it is")
     name = args.model or f"{args.shape}-{args.variant}"
     name = "-against-".join([Path(name).name, *args.against]) if args.against else Path(name).name
+    group, device = join(args.device, args.tp)
+    if group.size > 1:
+        if args.shape or args.against:
+            raise ValueError("--tp splits a checkpoint: give a model, not --shape or --against")
+        name = f"{name}-tp{group.size}"
     if args.results:
         args.json = args.json or RESULTS / f"generate-{name}.json"
         args.png = args.png or (None if args.against else args.json.with_suffix(".png"))
@@ -359,12 +368,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.shape:
         engines = {
-            f"nvlm-{variant}": synthetic(args.shape, variant, dtype or torch.bfloat16)
+            f"nvlm-{variant}": synthetic(args.shape, variant, dtype or torch.bfloat16, device)
             for variant in dict.fromkeys((args.variant, *(args.against or ())))
         }
         engine = engines[f"nvlm-{args.variant}"]
     else:
-        engine = NVLM.load(args.model, dtype=dtype)
+        engine = NVLM.load(args.model, device, dtype, group=group)
     contexts, batches = fitting(args, engine, args.steps), tuple(dict.fromkeys(args.batches))
     plan = Plan(tuple(args.only or PARTS), args.rounds, args.steps, contexts, batches)
     size = engine.config.vision.image_size
@@ -376,7 +385,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.against:
         rows = measure_variants(engines, plan, args.image)
     else:
-        bundled = args.model if args.model and (BUNDLED / args.model).is_dir() else None
+        is_bundled = args.model and (BUNDLED / args.model).is_dir() and group.size == 1
+        bundled = args.model if is_bundled and engine.device.type == "cpu" else None
         rows = measure(engine, contestants(engine, args.peers), plan, args.image, bundled)
         add_limits(rows, engine, 1e9 * values["read_gb_per_s"])
     for row in rows:
@@ -384,6 +394,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {"setting": setting(), "dtype": str(engine.dtype).removeprefix("torch."), "card": values}
     result |= {"load": load, "rounds": plan.rounds, "steps": plan.steps, "rows": rows}
     print(show(rows))
+    if group.rank:
+        return {}
     if args.json:
         save(args.json, name, ("variants",) if args.against else plan.parts, result)
     if args.png:
@@ -394,12 +406,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser()
+    options, argv = parser(), sys.argv[1:] if argv is None else argv
+    args = options.parse_args(argv)
+    if (args.tp or 1) > 1 and not in_group():
+        return launch(argv, args.tp, "bench.generate")
+    if int(os.environ.get("RANK", "0")):
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     try:
-        result = run(options.parse_args(argv))
+        result = run(args)
     except (ValueError, OSError) as error:
-        options.exit(2, f"bench.generate: {' '.join(str(error).split())}\n")
+        words = " ".join(str(error).split())
+        if in_group():
+            tell(words)
+            abandon(2)
+        options.exit(2, f"bench.generate: {words}\n")
     print(json.dumps(result))
+    leave()
     return 0
 
 

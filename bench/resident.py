@@ -1,9 +1,13 @@
-"""The most memory a call keeps resident at once, above what was resident before it. Linux only."""
+"""The most memory a call keeps at once, above what was there before it: resident on a CPU (Linux only), or allocated on
+a CUDA device.
+"""
 
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -21,8 +25,13 @@ def resident_bytes() -> int | None:
     return field_bytes("VmRSS")
 
 
-def peak_bytes(run: Callable[[], Any]) -> int | None:
+def peak_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
     """None where the kernel does not tell. What earlier calls freed is given back first, so that it is not hidden."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
     before = resident_bytes()
     if before is None:
         return None

@@ -49,14 +49,16 @@ def shape_config(shape: str, variant: str) -> NVLMConfig:
     return NVLMConfig(variant, vision, text, None if variant == "d" else cross)
 
 
-def random_model(config: NVLMConfig, dtype: torch.dtype, seed: int = 0) -> NVLMModel:
+def random_model(
+    config: NVLMConfig, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> NVLMModel:
     """Norms are 1, gates half open, matrices keep the size of what goes through them."""
     with torch.device("meta"):
         model = NVLMModel(config)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=device)
     if config.text.tie_word_embeddings:
         model.language_model.tie()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("ls1", "ls2")):
@@ -82,7 +84,13 @@ def full_tokenizer(vocab_size: int) -> Tokenizer:
         return Tokenizer.load(folder)
 
 
-def synthetic(shape: str, variant: str = "d", dtype: torch.dtype = torch.bfloat16, **options: Any) -> NVLM:
+def synthetic(
+    shape: str,
+    variant: str = "d",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> NVLM:
     """An NVLM of a shape of `SHAPES` with random weights. options: as of NVLM. ValueError as of `shape_config`."""
     config = shape_config(shape, variant)
-    return NVLM(random_model(config, dtype), full_tokenizer(config.text.vocab_size), **options)
+    return NVLM(random_model(config, dtype, device=device), full_tokenizer(config.text.vocab_size), **options)

@@ -127,9 +127,9 @@ def tell(words: str, everyone: bool = False) -> None:
         print(f"nvlm: {words}", file=sys.stderr, flush=True)
 
 
-def launch(argv: Sequence[str], size: int) -> int:
-    """Runs `nvlm argv` as `size` ranks on this machine. Returns 0, 2 for bad input, 1 where a rank was lost, 130 for
-    Ctrl-C, or 128 + the signal that ended the launcher.
+def launch(argv: Sequence[str], size: int, module: str = "nvlm_runtime") -> int:
+    """Runs `python -m module argv` as `size` ranks on this machine. Returns 0, 2 for bad input, 1 where a rank was
+    lost, 130 for Ctrl-C, or 128 + the signal that ended the launcher.
 
     CPU threads are shared out unless OMP_NUM_THREADS says otherwise.
     """
@@ -152,7 +152,7 @@ def launch(argv: Sequence[str], size: int) -> int:
             logs_specs=DefaultLogsSpecs(folder),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "nvlm_runtime", *argv)
+            elastic_launch(config, sys.executable)("-m", module, *argv)
         except ChildFailedError as error:
             lost, failure = min(error.failures.items(), key=lambda item: _is_effect(item[1].exitcode))
             if failure.exitcode in (130, NO_READER):
