@@ -1,10 +1,14 @@
 """The benches that start ranks: what they compare is the same, and every figure is there. No time is asserted."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench import layer, loading
+from tests.parallel.test_command import environment
 
 
 def test_a_layer_over_ranks_is_the_layer(tmp_path, capsys):
@@ -27,6 +31,26 @@ def test_ranks_load_their_share_and_no_more(tmp_path, capsys):
     assert all(0 < row["seconds"]["p20"] <= row["seconds"]["p80"] for row in (plain, one, three))
     assert all(row["memory"] < row["share"] + row["largest"] + 2e7 for row in (one, three))
     assert "of a plain read" in capsys.readouterr().out
+
+
+def generate(*words):
+    command = [sys.executable, "-m", "bench.generate", "--tp", "3", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=Path(__file__).parents[2])
+
+
+def test_generation_is_timed_over_ranks(tmp_path):
+    file = tmp_path / "generate.json"
+    done = generate("micro-x", "--quick", "--only", "vision", "decode", "--contexts", "32", "--json", str(file))
+    assert done.returncode == 0 and done.stdout.count("ms a tile") == 1, done.stderr
+    held = json.loads(file.read_text())
+    assert held["model"] == "micro-x-tp3"
+    rows = [row for part in held["parts"].values() for row in part["rows"]]
+    assert {(row["measure"], row["contestant"]) for row in rows} == {("tile_ms", "ours"), ("token_ms", "ours")}
+    done = generate("--shape", "micro")
+    assert (
+        done.returncode == 2
+        and done.stderr == "nvlm: --tp splits a checkpoint: give a model, not --shape or --against\n"
+    )
 
 
 @pytest.mark.parametrize("bench", [layer, loading])
