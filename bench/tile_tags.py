@@ -52,6 +52,7 @@ def train(variant: str, tags: str, seed: int, args: argparse.Namespace) -> dict[
             lr=2e-3,
             lr_min=0.0,
             warmup=min(200, args.steps - 1),
+            muon_lr=4e-3,
             rows=args.rows,
             seed=seed,
             checkpoint_every=args.steps,
@@ -141,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     sizes = Sizes()
     made = argparse.ArgumentParser(prog="python -m bench.tile_tags", description=__doc__.splitlines()[0])
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--steps", type=int, default=1500)
+    made.add_argument("--steps", type=int, default=600)
     made.add_argument("--rows", type=int, default=2, help="of 1,024 tokens, a step (default: %(default)s)")
     made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
     made.add_argument("--variants", nargs="+", choices=FORMATS, default=list(FORMATS))

@@ -52,6 +52,7 @@ def join(device: str, size: int | None, timeout: float = TIMEOUT, option: str = 
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # what is wrong is in its errors
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=LOADING))

@@ -95,6 +95,7 @@ def test_what_ranks_refuse(trained):
         assert re.search(
             rf"step-\d+ was written by one process, and cannot be gone on with by {len(ranks)} ranks", rank["alone"]
         )
+        assert "cannot be read: " in rank["damaged"]
         uneven = "must be a multiple of the 2 data-parallel ranks that share them out, got 3"
         assert rank.get("uneven", "").endswith(uneven) == (mesh == "2x2")
 

@@ -1,6 +1,7 @@
 """What the ranks of a training test do."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nvlm_runtime.parallel import Group, Mesh, held_rows
@@ -40,6 +41,11 @@ def everything(world: Group, recipes: list[Recipe], alone: str, data: int) -> di
     first = trained(stopped, mesh=mesh, steps=3)
     found["resumed"] = curve([*first, *trained(stopped, resume=True, mesh=mesh)])
     trained(replace(recipes[-1], out=f"{recipes[-1].out}-left"), mesh=mesh, steps=3)
+    if world.rank == 0:
+        (file,) = Path(stopped.out, "checkpoints").glob(f"step-*{stopped.steps}/__1_0.distcp")
+        file.write_bytes(file.read_bytes()[:1000])
+    world.wait()
+    found["damaged"] = gone_on_with(world, stopped, data)
     other = replace(recipes[0], out=f"{recipes[0].out}-other", lr=recipes[0].lr * (1 + world.rank))
     lora = replace(recipes[0], train=(), lora=("decoder",))
     for name, recipe in (("other", other), ("lora", lora), ("uneven", replace(recipes[0], accumulate=3))):
