@@ -28,6 +28,7 @@ from nvlm_runtime.training.trainer import Step, Trainer
 from nvlm_runtime.weights import load, save
 
 Log = Callable[[str], None]
+BEGINNING, STAGES = "beginning", ("pretraining", "fine-tuning")
 PRETRAINING = 0.25  # of the steps
 ROWS = {"d": 4, "x": 2, "h": 2}  # a step: about as many documents, whose image tokens fill the rows of NVLM-D
 COMPILED_STEPS = 200  # of the tower; compiling it takes longer than fewer of them
@@ -101,7 +102,7 @@ def init_projector(model: NVLMModel, heads: DenseHeads, features: Tensor) -> Non
     last.weight *= model.language_model.embed_tokens.weight.std() / model.project(features).std()
 
 
-def _first_tiles(documents: Path, num: int = 50) -> Tensor:
+def first_tiles(documents: Path, num: int = 50) -> Tensor:
     """Tiles [N, 3, SIDE, SIDE] of the first `num` pictures."""
     pictures = (open_image(path) for path in sorted(documents.glob("pictures/*/*.png"))[:num])
     return torch.cat([tile_pixels(picture, plan_tiles(*picture.size, SIDE)) for picture in pictures])
@@ -119,7 +120,7 @@ def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path
     model.vision_model.load_state_dict(tower["tower"])
     model.eval()
     with torch.inference_mode():
-        features = model.encode(_first_tiles(documents))
+        features = model.encode(first_tiles(documents))
     init_projector(model, heads, features.clone())
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
@@ -127,8 +128,8 @@ def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path
 
 
 def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents: Path, sizes: Sizes) -> Recipe:
-    """The recipe of a stage, "pretraining" or "fine-tuning"."""
-    is_first = name == "pretraining"
+    """The recipe of a stage of `STAGES`."""
+    is_first = name == STAGES[0]
     first = max(1, round(PRETRAINING * sizes.steps))
     steps = first if is_first else sizes.steps - first
     weights = {"short": 0.5, "transcribed": 0.5} if is_first else {"transcribed": 0.25, "asked": 0.75}
@@ -159,25 +160,33 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, sizes: Sizes, re
     The stages are folders of `out`; resume goes on with the first that is not done. Returns what `Trainer.run` does.
     Raises ValueError where `out` holds a run and resume is not asked for.
     """
-    folders = {name: out / name for name in ("beginning", "pretraining", "fine-tuning")}
     if out.exists() and any(out.iterdir()) and not resume:
         raise ValueError(f"{out} is there already and not empty: --resume goes on with it, or name another folder")
     work.mkdir(parents=True, exist_ok=True)
     documents = shared_documents(work, seed, sizes.num_documents, log)
-    if not (folders["beginning"] / "config.json").is_file():
+    if not (out / BEGINNING / "config.json").is_file():
         config = PRESETS[f"micro-{variant}"]
         tower = shared_tower(work, seed, sizes.tower_steps, log)
-        write_beginning(config, seed, folders["beginning"], documents, tower)
-    model = folders["beginning"]
-    for name in ("pretraining", "fine-tuning"):
-        folder = folders[name]
+        write_beginning(config, seed, out / BEGINNING, documents, tower)
+    code = run_stages(out, lambda name, *folders: stage(name, variant, seed, *folders, documents, sizes), log)
+    if not code:
+        _finish(out / STAGES[-1], out)
+    return code
+
+
+def run_stages(out: Path, recipe_of: Callable[[str, Path, Path], Recipe], log: Log) -> int:
+    """What is left of the stages, from the model in the folder "beginning" of `out` on, each in a folder of its own.
+    recipe_of: of a stage's name, the model before it and its folder. Returns what `Trainer.run` does.
+    """
+    model = out / BEGINNING
+    for name in STAGES:
+        folder = out / name
         if not (folder / "config.json").is_file():
-            recipe = stage(name, variant, seed, model, folder, documents, sizes)
+            recipe = recipe_of(name, model, folder)
             trainer = Trainer(recipe, resume=bool(checkpoints(folder / "checkpoints")), log=log)
             if code := trainer.run(_teller(name, recipe, log)):
                 return code
         model = folder
-    _finish(model, out)
     return 0
 
 

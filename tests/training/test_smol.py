@@ -1,0 +1,52 @@
+"""bench.smol: a frozen text model stays what it was, runs are gone on with, and the rows say what was asked."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from bench import smol
+from nvlm_runtime.micro import train as micro
+from tests.runtime.backbones import save_text_model, text_model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return save_text_model(text_model("llama", max_position_embeddings=2048), tmp_path_factory.mktemp("text"))
+
+
+def words(text, folder, variant):
+    given = ["--variant", variant, "--out", str(folder / variant), "--text", str(text), "--steps", "4"]
+    given += ["--samples", "3", "--num-documents", "24", "--tower-steps", "1", "--work", str(folder / "work")]
+    return [*given, "--json", str(folder / "smol.json")]
+
+
+def test_the_text_model_is_not_changed_by_a_bit(text, tmp_path, monkeypatch, capsys):
+    original, told = micro.Trainer.run, []
+
+    def run(self, show):
+        told.append(self.recipe)
+        return 143 if len(told) == 2 else original(self, show)
+
+    monkeypatch.setattr(micro.Trainer, "run", run)
+    assert smol.main(words(text, tmp_path, "x")) == 143 and "goes on from there" in capsys.readouterr().out
+    assert smol.main(words(text, tmp_path, "x")) == 0
+    assert [recipe.out.rpartition("/")[2] for recipe in told] == ["pretraining", "fine-tuning", "fine-tuning"]
+    assert smol.main(words(text, tmp_path, "h")) == 0
+    rows = json.loads((tmp_path / "smol.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["x", "h"] and all(row["samples"] == 3 for row in rows)
+    assert all(sum(asked for asked, _ in row["kinds"].values()) == 3 for row in rows)
+    shown = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[:3] for line in shown] == [[f"NVLM-{v}", f"{r['trained']:,}", "4"] for v, r in zip("XH", rows)]
+    for variant in "xh":
+        before, after = (load_file(tmp_path / variant / s / "model.safetensors") for s in ("beginning", "fine-tuning"))
+        learnt = {name for name in before if not before[name].equal(after[name])}
+        assert learnt and all(".cross_attn." in name or name.startswith("mlp1.") for name in learnt)
+        assert all(name in learnt for name in before if name.endswith(".gate"))
+
+
+def test_bad_words(text, tmp_path, capsys):
+    for bad, said in ((["--steps", "1"], "two steps or more"), (["--text", "nowhere"], "nowhere")):
+        with pytest.raises(SystemExit) as ended:
+            smol.main([*words(text, tmp_path, "x"), *bad])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
