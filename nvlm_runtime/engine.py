@@ -424,16 +424,20 @@ class NVLM:
 
         From then on `compiles_after_warmup` counts what is compiled all the same, and each is a warning.
         """
-        config, size = self.config, self.config.vision.image_size
         began = time.perf_counter()
+        batch = self.batch(1, min(max_tokens, self.config.text.context), max_images * self.max_image_keys)
+        phases = {"buffers": time.perf_counter() - began, **self.warm(batch)}
+        self._keep(batch)
+        return phases
+
+    @torch.inference_mode()
+    def warm(self, batch: Batch) -> dict[str, float]:
+        """What `warmup` does, for all that requests in an idle batch can need. Returns seconds a phase."""
+        size, began = self.config.vision.image_size, time.perf_counter()
         for num_tiles in sorted({plan.num_tiles for plan in self._plans()}):
             pixel_values = torch.zeros(num_tiles, 3, size, size, device=self.device, dtype=self.dtype)
             self.stages.project(self.stages.encode(pixel_values))
-        phases = {"encode": time.perf_counter() - began}
-        began = time.perf_counter()
-        batch = self.batch(1, min(max_tokens, config.text.context), max_images * self.max_image_keys)
-        phases |= {"buffers": time.perf_counter() - began, **batch.warmup()}
-        self._keep(batch)
+        phases = {"encode": time.perf_counter() - began, **batch.warmup()}
         self._watch.start()
         return phases
 

@@ -137,7 +137,8 @@ class Engine:
 
     max_rows: requests that decode together. max_tokens: of prompt and answer, a row, at most the model's context.
     max_image_tokens: image keys a row, None for the largest picture's; nothing in NVLM-D. max_queue: requests that may
-    wait behind the rows.
+    wait behind the rows. warmup: compiles and captures all that its requests can need before it takes any; `warmed` has
+    the seconds a phase then, and `NVLM.compiles_after_warmup` counts what is compiled all the same.
 
     Requests start first come, first served. Their timings' "queue" is the wait until a row began to read the prompt.
     A request's failure is its own; any other in the thread ends the engine and every request with EngineStopped.
@@ -152,6 +153,7 @@ class Engine:
         max_tokens: int = 2048,
         max_image_tokens: int | None = None,
         max_queue: int = 64,
+        warmup: bool = False,
     ):
         if model.model.group.size > 1:
             raise ValueError("an engine's order of requests is its process's own: it serves a model of one process")
@@ -166,6 +168,7 @@ class Engine:
         self.max_tokens = min(max_tokens, model.config.text.context)
         self.max_image_tokens = max_image_tokens
         batch = model.batch(max_rows, self.max_tokens, max_image_tokens)
+        self.warmed = model.warm(batch) if warmup else {}
         self._inbox: SimpleQueue[Answer | Closing] = SimpleQueue()
         self._room = threading.Semaphore(max_rows + max_queue)
         self._lock = threading.Lock()  # of `_stopped`: who sees None may still send a request

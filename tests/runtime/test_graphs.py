@@ -7,6 +7,7 @@ import pytest
 
 from nvlm_runtime.graphs import bucket_of, chunks_of_buckets
 from nvlm_runtime.sampling import GenerationParams
+from nvlm_runtime.serving import Engine
 from tests.runtime.test_batch import LARGE, PARAMS, SMALL, answers, fresh, requests
 from tests.runtime.test_model import picture
 
@@ -45,6 +46,25 @@ def test_nothing_is_built_after_warmup(variant):
     with pytest.warns(RuntimeWarning, match="after warm-up"):
         model.generate("word " * 60, max_new_tokens=300, ignore_eos=True)  # longer than was said
     assert model.compiles_after_warmup > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_is_built_after_an_engine_s_warmup(variant):
+    """A dozen requests at a time, of random sizes, on three rows."""
+    model = fresh(variant, graphs=True, chunk=64)
+    rng = random.Random(1)
+    sizes = [(32, 32), (64, 32), (96, 32), (64, 64)]
+    with warnings.catch_warnings(), Engine(model, max_rows=3, max_tokens=300, warmup=True) as engine:
+        warnings.simplefilter("error")
+        assert engine.warmed.keys() == {"encode", "prefill", "first", "step"}
+        answers = []
+        for number in range(12):
+            images = [picture(rng.choice(sizes), number)] * rng.randrange(2)
+            prepared = engine.prepare(" ".join(["word"] * rng.randrange(1, 20)), images)
+            params = GenerationParams(max_new_tokens=rng.randrange(1, 8), temperature=rng.choice([0.0, 1.0]))
+            answers.append(engine.submit(prepared, params))
+        assert all(answer.result(60).token_ids for answer in answers)
+    assert model.compiles_after_warmup == 0
 
 
 def test_the_watch_sees_triton(monkeypatch):
