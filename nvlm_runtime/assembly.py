@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from nvlm_runtime.backbone import Backbone, open_backbone
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
+from nvlm_runtime.entries import Entry, file_entries, fill
 from nvlm_runtime.model import NVLMModel, allocate, outline
 from nvlm_runtime.template import ChatTemplate
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.tower import Tower, open_tower
 from nvlm_runtime.vision import RMSNorm
-from nvlm_runtime.weights import Entry, file_entries, fill, save, some
+from nvlm_runtime.weights import save, some
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_pad|>")
 GATED_LAYERS = 10  # as many as the paper has, where the caller does not say

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nvlm_runtime.adapter import AdaptedLinear, LoraConfig, Rows
+from nvlm_runtime.entries import Entry, file_entries
 from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.weights import DTYPES, Entry, file_entries, read_json, some
+from nvlm_runtime.weights import DTYPES, read_json, some
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, TEXT = "base_model.model.", "language_model."

@@ -10,9 +10,10 @@ from rich.table import Table
 from nvlm_runtime.commands.answers import plan_values, print_plan
 from nvlm_runtime.config import from_hf
 from nvlm_runtime.engine import checkpoint_folder
+from nvlm_runtime.entries import parameter_counts
 from nvlm_runtime.image import draw_plan, open_image, plan_tiles
 from nvlm_runtime.presets import PRESETS
-from nvlm_runtime.weights import parameter_counts, read_json
+from nvlm_runtime.weights import read_json
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from nvlm_runtime.engine import checkpoint_folder
+from nvlm_runtime.entries import square_norm
 from nvlm_runtime.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Mesh
@@ -36,7 +37,7 @@ from nvlm_runtime.training.packing import Packed
 from nvlm_runtime.training.recipe import Recipe
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.source import Dataset, Source
-from nvlm_runtime.weights import Told, load, save, square_norm, write_json
+from nvlm_runtime.weights import Told, load, save, write_json
 
 METRICS = "metrics.jsonl"
 

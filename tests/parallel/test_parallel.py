@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from bench.gloo import run_ranks
+from nvlm_runtime.entries import file_entries, fill
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Group, sizes
 from nvlm_runtime.presets import PRESETS
-from nvlm_runtime.weights import file_entries, fill
 from tests.parallel import work
 from tests.parallel.small import TEXT_3, config, load, write
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from nvlm_runtime.commands import loading
 from nvlm_runtime.config import RopeScaling, from_hf, to_hf
 from nvlm_runtime.engine import NVLM
+from nvlm_runtime.entries import parameter_counts
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.presets import INTERNVIT_300M, PRESETS
-from nvlm_runtime.weights import INDEX, load, parameter_counts, save
+from nvlm_runtime.weights import INDEX, load, save
 from tests.runtime.small import CONFIGS, small_model
 
 HIDDEN, HEADS, DUMMY, HEAD_DIM, FFN, IMAGE, PATCH = 100, 25, 7, 4, 64, 32, 8
