@@ -34,6 +34,7 @@ from nvlm_runtime.micro.train import (
 )
 from nvlm_runtime.presets import MICRO_VISION
 from nvlm_runtime.training.recipe import Recipe
+from nvlm_runtime.weights import write_json
 
 EVAL_SEED = 12345
 TRAINED = ("projector", "cross")
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = json.loads(args.json.read_text())["rows"] if args.json.is_file() else []
     rows = [each for each in rows if each["variant"] != args.variant] + [row]
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"bench": "smol", "setting": setting(), "rows": rows}, indent=1) + "\n")
+    write_json(args.json, {"bench": "smol", "setting": setting(), "rows": rows})
     print(show(rows))
     return 0
 

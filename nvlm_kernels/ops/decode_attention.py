@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvlm_kernels._backend import use_triton
+from nvlm_kernels._backend import has_values, use_triton
 from nvlm_kernels.ops.split_attention import MAX_TOKENS, check_attention, check_kernel, split_attention
 
 
@@ -54,7 +54,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     if lengths.device != q.device:
         raise ValueError(f"decode_attention: lengths are on {lengths.device}, q on {q.device}")
     if not use_triton(q):
-        if torch.compiler.is_compiling():
+        if not has_values(lengths):
             return decode_attention_ref(q, k_cache, v_cache, lengths)
         known = set(lengths.tolist())
         if known and (min(known) < 0 or max(known) > k_cache.shape[1]):

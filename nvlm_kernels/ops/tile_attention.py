@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nvlm_kernels._backend import triton_op, use_triton
+from nvlm_kernels._backend import has_values, triton_op, use_triton
 from nvlm_kernels.ops.online_softmax import LOG2E, attend, hull, key_blocks, load_keys, row_intervals, visible_keys
 from nvlm_kernels.ops.split_attention import MAX_TOKENS, check_attention, check_kernel, rows_contiguous, split_attention
 
@@ -415,13 +415,13 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor
         raise ValueError(f"tile_attention: intervals are on {intervals.device}, q on {q.device}")
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not use_triton(q):
-        if not torch.compiler.is_compiling():
+        if has_values(intervals):
             outside = intervals[((intervals < 0) | (intervals > k.shape[1])).any(-1)].tolist()
             if outside:
                 raise ValueError(
                     f"tile_attention: intervals leave the {k.shape[1]} keys: {outside[0]}, {len(outside)} in all"
                 )
-        by_blocks = trained and q.numel() and k.numel() and not torch.compiler.is_compiling()
+        by_blocks = trained and q.numel() and k.numel() and has_values(intervals)
         return (tile_attention_by_blocks if by_blocks else tile_attention_ref)(q, k, v, intervals)
     check_kernel("tile_attention", q)
     if q.numel() == 0 or k.shape[1] == 0:

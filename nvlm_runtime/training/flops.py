@@ -27,7 +27,7 @@ def _encoded(model: NVLMModel, batch: Packed) -> int:
     return -(-_tiles(batch) // model.vision_model.tile_group.size)
 
 
-def _tower_learns(model: NVLMModel) -> bool:
+def tower_learns(model: NVLMModel) -> bool:
     return any(parameter.requires_grad for parameter in model.vision_model.parameters())
 
 
@@ -44,7 +44,7 @@ def linear_flops(model: NVLMModel, batch: Packed) -> int:
         "lm_head": int((batch.labels != IGNORE).sum()),
         "": batch.num_tokens,
     }
-    tower_learns, found = _tower_learns(model), 0
+    learns, found = tower_learns(model), 0
     parameters = dict(model.named_parameters())
     if model.config.text.tie_word_embeddings:
         parameters["lm_head.weight"] = parameters["language_model.embed_tokens.weight"]
@@ -54,7 +54,7 @@ def linear_flops(model: NVLMModel, batch: Packed) -> int:
         num = next(num for part, num in rows.items() if part in name)
         passes = 2 + parameter.requires_grad
         if name.startswith("vision_model."):
-            passes = 1 if not tower_learns else passes - ("patch_embedding" in name)  # pixels need no gradient
+            passes = 1 if not learns else passes - ("patch_embedding" in name)  # pixels need no gradient
         found += 2 * num * parameter.numel() * passes
     return found
 
@@ -70,4 +70,4 @@ def attention_flops(model: NVLMModel, batch: Packed) -> int:
     if cross is not None:
         image_keys = sum(int((layout.intervals[:, 1] - layout.intervals[:, 0]).sum()) for layout in batch.layouts)
         decoder += 4 * image_keys * width * len(cross.layers)
-    return tower * (3 if _tower_learns(model) else 1) + 3 * decoder
+    return tower * (3 if tower_learns(model) else 1) + 3 * decoder

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nvlm_runtime.layout import ImageLayout, Layout, cross_pieces
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.training.flops import tower_learns
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import Packed
 
@@ -23,17 +24,13 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.evenly = model, evenly
 
-    @property
-    def tower_learns(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.model.vision_model.parameters())
-
     def features(self, tiles: Tensor) -> Tensor:
         """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size]. N may be 0. A gradient where the tower learns."""
         vision = self.model.config.vision
         weight = self.model.language_model.embed_tokens.weight
         if not len(tiles):
             return weight.new_zeros(0, vision.num_patches, vision.hidden_size)
-        with torch.set_grad_enabled(self.tower_learns):
+        with torch.set_grad_enabled(tower_learns(self.model)):
             return self.model.encode(tiles.to(weight.device, weight.dtype))
 
     def forward(self, batch: Packed, loss_rows: int) -> Tensor:

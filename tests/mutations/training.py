@@ -39,7 +39,7 @@ MUTATIONS = [
     (TRAINER, "        self._cut_metrics()\n", "", "lines of lost steps stay"),
     (
         OBJECTIVE,
-        "with torch.set_grad_enabled(self.tower_learns):",
+        "with torch.set_grad_enabled(tower_learns(self.model)):",
         "with torch.set_grad_enabled(False):",
         "the tower never learns",
     ),

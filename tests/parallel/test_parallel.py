@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from bench.gloo import run_ranks
+from nvlm_runtime.cache import KVCache
+from nvlm_runtime.decoder import CrossView
 from nvlm_runtime.entries import file_entries, fill
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Group, sizes
@@ -151,20 +153,28 @@ def test_ranks_hold_the_published_models_between_them(name, split):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_run_in_shape_on_eight_ranks(name):
-    """A prompt and a step of the last rank's share on the meta device."""
-    config_ = PRESETS[name]
-    with torch.device("meta"):
-        model = NVLMModel(config_, Group(7, 8), "heads").to(torch.bfloat16).eval()
-        with torch.inference_mode():
-            features = model.encode(torch.empty(7, 3, 448, 448, dtype=torch.bfloat16))
-            tokens = model.project(features)
-            hidden = model.language_model.prefill(
-                torch.empty(1, 40, config_.text.hidden_size, dtype=torch.bfloat16), torch.arange(40)[None], None
-            )
-            logits = model.language_model.logits(hidden)
-    assert tokens.shape == (7, 256, config_.text.hidden_size)
-    assert logits.shape == (1, 40, config_.text.vocab_size)
+def test_published_models_run_in_shape(name):
+    """Seven tiles, a prompt that sees them and a step behind its cache, of the last of 1, 2, 4 and 8 ranks, on the meta
+    device.
+    """
+    config_, dtype, meta = PRESETS[name], torch.bfloat16, torch.device("meta")
+    width, keys = config_.text.hidden_size, 7 * 256
+    for size in (1, 2, 4, 8):
+        with meta, torch.inference_mode():
+            model = NVLMModel(config_, Group(size - 1, size), "heads").to(dtype).eval()
+            decoder = model.language_model
+            tokens = model.project(model.encode(torch.empty(7, 3, 448, 448, dtype=dtype)))
+            cache = KVCache.allocate(model.shard.text, 1, 64, meta, dtype)
+            seen = [None, None]
+            if config_.cross is not None:
+                kv = decoder.cross_kv(tokens.flatten(0, 1)[None], torch.arange(keys))
+                seen = [CrossView(kv, torch.empty(1, num, 2, dtype=torch.int64)) for num in (40, 1)]
+            x, positions = torch.empty(1, 41, width, dtype=dtype), torch.arange(41)[None]
+            hidden = decoder.prefill(x[:, :40], positions[:, :40], cache, seen[0])
+            step = decoder.decode(x[:, 40:], positions[:, 40:], cache, 41, seen[1])
+            logits = decoder.logits(step)
+        assert tokens.shape == (7, 256, width) and hidden.shape == (1, 40, width)
+        assert logits.shape == (1, 1, config_.text.vocab_size)
 
 
 def test_refuses_sizes_that_cannot_share_the_heads():

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 # tensor-parallel ranks x data-parallel ranks: steps, variants. Of four tensor-parallel ranks pairs share a kv head.
-MESHES = {"2x1": (6, "dxh"), "4x1": (6, "dx"), "2x2": (20, "dxh")}
+MESHES = {"2x1": (20, "dxh"), "4x1": (6, "dx"), "2x2": (20, "dxh")}
 
 
 def recipes(folder, mesh, out):
