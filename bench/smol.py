@@ -32,12 +32,14 @@ from nvlm_runtime.micro.train import (
     shared_tower,
     stage,
 )
+from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION
 from nvlm_runtime.training.recipe import Recipe
 from nvlm_runtime.weights import write_json
 
 EVAL_SEED = 12345
 TRAINED = ("projector", "cross")
+LAYERS = (6, 11, 16, 21, 26)  # of 30, with a feed-forward behind each: 18 M parameters to learn
 
 
 def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> None:
@@ -46,12 +48,30 @@ def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> 
     heads = DenseHeads(MICRO_VISION.hidden_size)
     heads.load_state_dict(shared["heads"])
     torch.manual_seed(args.seed)
-    assembly = assemble(args.variant, args.text, BUNDLED / "micro-d", seed=args.seed, every=3, dtype=torch.float32)
-    assembly.model.vision_model.load_state_dict(shared["tower"])
+    assembly = assemble(
+        args.variant, args.text, BUNDLED / "micro-d", seed=args.seed, layers=LAYERS, ffn="swiglu", dtype=torch.float32
+    )
+    model = assembly.model
+    model.vision_model.load_state_dict(shared["tower"])
     with torch.inference_mode():
-        features = assembly.model.encode(first_tiles(documents))
-    init_projector(assembly.model, heads, features.clone())
+        features = model.encode(first_tiles(documents))
+    init_projector(model, heads, features.clone())
+    open_gates(model)
     assembly.save(folder)
+
+
+@torch.no_grad()
+def open_gates(model: NVLMModel) -> None:
+    """Gates at 1, and 0 in what is behind them: the text model's bits at first, and gradients from the first step on.
+    NVLM-X's image tokens become as large as the positions that are added to them.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("cross_attn.gate", "cross_attn.ffn_gate")):
+            parameter.fill_(1.0)
+        elif name.endswith(("cross_attn.o_proj.weight", "cross_attn.down_proj.weight")):
+            parameter.zero_()
+    if model.config.variant == "x":
+        model.mlp1[-1].weight *= 0.5**0.5 / model.language_model.embed_tokens.weight.std()
 
 
 def train(args: argparse.Namespace) -> int:
@@ -64,7 +84,7 @@ def train(args: argparse.Namespace) -> int:
 
     def recipe_of(name: str, model: Path, folder: Path) -> Recipe:
         recipe = stage(name, args.variant, args.seed, model, folder, documents, sizes)
-        return replace(recipe, train=TRAINED, checkpoint_every=100)
+        return replace(recipe, train=TRAINED, warmup=min(20, recipe.steps - 1), checkpoint_every=100)
 
     return run_stages(args.out, recipe_of, lambda line: print(line, flush=True))
 
