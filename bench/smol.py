@@ -39,7 +39,7 @@ from nvlm_runtime.weights import write_json
 
 EVAL_SEED = 12345
 TRAINED = ("projector", "cross")
-LAYERS = (6, 11, 16, 21, 26)  # of 30, with a feed-forward behind each: 18 M parameters to learn
+LAYERS = (6, 11, 16, 21, 26)  # of 30: 18 M parameters to learn
 
 
 def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> None:
@@ -49,7 +49,13 @@ def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> 
     heads.load_state_dict(shared["heads"])
     torch.manual_seed(args.seed)
     assembly = assemble(
-        args.variant, args.text, BUNDLED / "micro-d", seed=args.seed, layers=LAYERS, ffn="swiglu", dtype=torch.float32
+        args.variant,
+        args.text,
+        BUNDLED / "micro-d",
+        seed=args.seed,
+        layers=args.layers,
+        ffn="swiglu",
+        dtype=torch.float32,
     )
     model = assembly.model
     model.vision_model.load_state_dict(shared["tower"])
@@ -115,13 +121,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variant", choices=("x", "h"), required=True)
     made.add_argument("--out", type=Path, required=True, help="folder of the run, gone on with where it holds one")
     made.add_argument("--text", default="smollm2", help="as of nvlm init (default: %(default)s)")
+    made.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="cross-attention's (default: %(default)s)")
     made.add_argument("--steps", type=int, default=3000, help="both stages together (default: %(default)s)")
     made.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, a step (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of what is new, and of the order (default: %(default)s)")
     made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
     made.add_argument("--work", type=Path, default=Path("work"), help="tower and documents, as of nvlm train micro")
     made.add_argument("--num-documents", type=int, default=sizes.num_documents)
-    made.add_argument("--tower-steps", type=int, default=sizes.tower_steps)
+    made.add_argument("--tower-steps", type=int, default=0, help="as of nvlm train micro (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, default=RESULTS / "smol.json", help="(default: %(default)s)")
     return made

@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variants", nargs="+", choices=FORMATS, default=list(FORMATS))
     made.add_argument("--work", type=Path, default=Path("work"), help="tower and documents, as of nvlm train micro")
     made.add_argument("--num-documents", type=int, default=sizes.num_documents)
-    made.add_argument("--tower-steps", type=int, default=sizes.tower_steps)
+    made.add_argument("--tower-steps", type=int, default=0, help="as of nvlm train micro (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, default=RESULTS / "tile_tags.json", help="(default: %(default)s)")
     made.add_argument("--png", type=Path, help="exact answers as bars (needs matplotlib)")
@@ -157,8 +157,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if min(args.steps, args.rows, args.samples, args.num_documents, args.tower_steps, args.threads) < 1:
-        parser().error("--steps, --rows, --samples, --num-documents, --tower-steps and --threads must be at least 1")
+    if min(args.steps, args.rows, args.samples, args.num_documents, args.threads) < 1 or args.tower_steps < 0:
+        parser().error("--steps, --rows, --samples, --num-documents and --threads must be at least 1")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     rows = json.loads(args.json.read_text())["rows"] if args.json.is_file() else []

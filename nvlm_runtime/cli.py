@@ -184,7 +184,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     micro.add_argument("--out", help="folder for the checkpoint")
     micro.add_argument("--work", help="folder for the tower and documents the variants share (default: work)")
     micro.add_argument("--steps", type=int, help="of the decoder, both stages together")
-    micro.add_argument("--tower-steps", type=int, help="of the vision tower")
+    micro.add_argument("--tower-steps", type=int, help="of the vision tower; 0 takes the shipped models' tower")
     micro.add_argument("--documents", type=int, help="number of training pictures")
 
 

@@ -5,7 +5,7 @@ line, its role and the label its tile carries; a shape's patches for shape and c
 weigh little. The tower is frozen afterwards, as in the paper; the heads only help a projector begin (`readout`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -127,13 +127,42 @@ def pretrain(
 ) -> tuple[InternViT, DenseHeads]:
     """Trains a tower on `steps` batches of tiles. Returns it frozen, in eval mode, with the heads that read it."""
     torch.manual_seed(seed)
-    side = config.image_size // config.patch_size
     tower, heads = InternViT(config), DenseHeads(config.hidden_size)
-    encode = torch.compile(tower) if compile else tower
     params = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
-    loader = torch.utils.data.DataLoader(TileStream(f"tower:{seed}", batch, side), batch_size=None, num_workers=1)
-    for step, (pixels, targets) in zip(range(steps), loader):
+    _fit(torch.compile(tower) if compile else tower, heads, optimizer, _batches(config, seed, batch), steps, log)
+    return tower.eval().requires_grad_(False), heads
+
+
+def fit_heads(
+    tower: InternViT, seed: int, log: Callable[[str], None], steps: int = 300, batch: int = 128, lr: float = 1e-2
+) -> DenseHeads:
+    """Heads that read a tower which knows its target already; the tower, in eval mode, stays as it is."""
+    torch.manual_seed(seed)
+    tower.requires_grad_(False)
+    heads = DenseHeads(tower.config.hidden_size)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    _fit(tower, heads, optimizer, _batches(tower.config, seed, batch), steps, log)
+    return heads
+
+
+def _batches(config: VisionConfig, seed: int, batch: int) -> Iterable[tuple[Tensor, Tensor]]:
+    stream = TileStream(f"tower:{seed}", batch, config.image_size // config.patch_size)
+    return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1)
+
+
+def _fit(
+    encode: Callable[[Tensor], Tensor],
+    heads: DenseHeads,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    log: Callable[[str], None],
+) -> None:
+    """Steps at the optimizer's rate, up to it over 100 steps, down to 0 at the last."""
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    lr = optimizer.param_groups[0]["lr"]
+    for step, (pixels, targets) in zip(range(steps), batches):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 100, 1 - step / steps)
         outputs = heads(encode(pixels))
@@ -145,4 +174,3 @@ def pretrain(
         if step % 25 == 0 or step == steps - 1:
             shares = " ".join(f"{name} {share:.3f}" for name, share in accuracy(outputs, targets).items())
             log(f"tower step {step}/{steps} loss {loss.item():.3f} {shares}")
-    return tower.eval().requires_grad_(False), heads

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
 from nvlm_runtime.micro.dataset import documents_hash, write_dataset
 from nvlm_runtime.micro.document import SIDE
-from nvlm_runtime.micro.tower import DenseHeads, pretrain
+from nvlm_runtime.micro.tower import DenseHeads, fit_heads, pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
@@ -36,7 +37,9 @@ COMPILED_STEPS = 200  # of the tower; compiling it takes longer than fewer of th
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run. steps: of the decoder, both stages together. rows: of 1,024 tokens, a step; None for `ROWS`."""
+    """Of a run. steps: of the decoder, both stages together. tower_steps: 0 for the shipped models' tower. rows: of
+    1,024 tokens, a step; None for `ROWS`.
+    """
 
     steps: int = 4500
     tower_steps: int = 3000
@@ -45,8 +48,8 @@ class Sizes:
 
     def __post_init__(self):
         rows = 1 if self.rows is None else self.rows
-        if min(self.tower_steps, self.num_documents, rows) < 1 or self.steps < 2:
-            raise ValueError(f"a micro model takes two steps or more, and one at least of everything else, got {self}")
+        if min(self.num_documents, rows) < 1 or self.steps < 2 or self.tower_steps < 0:
+            raise ValueError(f"a micro model takes two steps or more, a document and a row at least, got {self}")
 
 
 def init_weights(model: NVLMModel) -> None:
@@ -66,11 +69,17 @@ def init_weights(model: NVLMModel) -> None:
 
 
 def shared_tower(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
-    """The weights of the work folder's tower and of the heads that read it, pretrained first where there are none."""
+    """The weights of the work folder's tower and of the heads that read it, pretrained first where there are none.
+    steps: 0 for the shipped models' tower and heads fitted to it.
+    """
     path = work / f"tower-{seed}-{steps}-{documents_hash(seed)}.pt"
     if not path.exists():
         partial = path.with_suffix(".partial")
-        tower, heads = pretrain(MICRO_VISION, seed, log, steps, compile=steps >= COMPILED_STEPS)
+        if steps:
+            tower, heads = pretrain(MICRO_VISION, seed, log, steps, compile=steps >= COMPILED_STEPS)
+        else:
+            tower = load(checkpoint_folder("micro-d"), dtype=torch.float32)[0].vision_model.eval()
+            heads = fit_heads(tower, seed, log)
         torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, partial)
         partial.rename(path)
     return torch.load(path, weights_only=True)

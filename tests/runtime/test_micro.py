@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +17,21 @@ from nvlm_runtime.micro.document import CHARS, COLOURS, GRIDS, SIDE, draw, make_
 from nvlm_runtime.micro.evaluate import evaluate, open_tag_mask
 from nvlm_runtime.micro.questions import KINDS, questions, transcription
 from nvlm_runtime.micro.tower import IGNORE as NO_TARGET
-from nvlm_runtime.micro.tower import TARGETS, dense_target, document_tiles
-from nvlm_runtime.micro.train import Sizes, train_micro
+from nvlm_runtime.micro.tower import (
+    TARGETS,
+    DenseHeads,
+    TileStream,
+    accuracy,
+    dense_target,
+    document_tiles,
+    fit_heads,
+)
+from nvlm_runtime.micro.train import Sizes, shared_tower, train_micro
 from nvlm_runtime.micro.vocabulary import make_tokenizer
-from nvlm_runtime.presets import PRESETS
+from nvlm_runtime.presets import MICRO_VISION, PRESETS
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.trainer import Trainer
+from nvlm_runtime.vision import InternViT
 
 
 def quiet(line: str) -> None:
@@ -154,6 +164,22 @@ def test_a_micro_model_is_trained_and_a_stopped_run_goes_on(variant, work, tmp_p
     assert all(torch.equal(whole[name], before[name].bfloat16()) for name in vision), "the tower is frozen"
 
 
+def test_heads_are_fitted_to_the_shipped_tower(tmp_path, monkeypatch):
+    """They read what it knows; it does not change by a bit."""
+    short = partial(fit_heads, steps=60, batch=32)
+    monkeypatch.setattr("nvlm_runtime.micro.train.fit_heads", short)
+    found = shared_tower(tmp_path, 0, 0, quiet)
+    shipped = NVLM.load("micro-d").model.vision_model.state_dict()
+    assert all(torch.equal(found["tower"][name], weight.float()) for name, weight in shipped.items())
+    tower, heads = InternViT(MICRO_VISION).eval(), DenseHeads(MICRO_VISION.hidden_size)
+    tower.load_state_dict(found["tower"])
+    heads.load_state_dict(found["heads"])
+    pixels, targets = next(iter(TileStream("unseen", 64, 8)))
+    with torch.inference_mode():
+        shares = accuracy(heads(tower(pixels)), targets)
+    assert min(shares.values()) > 0.9, shares
+
+
 def test_both_stages_lower_the_loss(work, tmp_path):
     """On 12 documents, by a tenth at least in each; the second begins about where the first ended."""
     sizes = replace(SMALL, steps=48)
@@ -166,7 +192,7 @@ def test_both_stages_lower_the_loss(work, tmp_path):
     assert ends[0][1] < 0.9 * ends[0][0] and ends[1][1] < 0.9 * ends[1][0], ends
 
 
-@pytest.mark.parametrize("given", [{"steps": 1}, {"tower_steps": 0}, {"num_documents": 0}])
+@pytest.mark.parametrize("given", [{"steps": 1}, {"tower_steps": -1}, {"num_documents": 0}])
 def test_sizes_that_train_nothing(given):
     with pytest.raises(ValueError, match="two steps or more"):
         replace(Sizes(), **given)

@@ -16,7 +16,7 @@ def text(tmp_path_factory):
 
 
 def words(text, folder, variant):
-    given = ["--variant", variant, "--out", str(folder / variant), "--text", str(text), "--steps", "4"]
+    given = ["--variant", variant, "--out", str(folder / variant), "--text", str(text), "--steps", "4", "--layers", "1"]
     given += ["--samples", "3", "--num-documents", "24", "--tower-steps", "1", "--work", str(folder / "work")]
     return [*given, "--json", str(folder / "smol.json")]
 
