@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.devices import read_bandwidth
 from nvlm_runtime.image import TilePlan
 from nvlm_runtime.layout import cross_pieces
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.prompt import tag_ids
+from nvlm_runtime.roof import step_bytes
 from nvlm_runtime.slots import cache_bytes
 from nvlm_runtime.tokenizer import Tokenizer
 
@@ -42,11 +43,6 @@ def weight_bytes(model: NVLMModel) -> dict[str, int]:
     return found | {"total": sum(found.values())}
 
 
-def token_bytes(config: NVLMConfig, dtype: torch.dtype) -> int:
-    """Of one position's keys and values."""
-    return cache_bytes(config, 1, 1, 0, dtype) - cache_bytes(config, 1, 0, 0, dtype)
-
-
 def image_key_bytes(config: NVLMConfig, tokenizer: Tokenizer, plan: TilePlan, dtype: torch.dtype) -> int:
     """Of one image's keys and values in the gated layers; 0 in NVLM-D."""
     if config.cross is None:
@@ -54,13 +50,6 @@ def image_key_bytes(config: NVLMConfig, tokenizer: Tokenizer, plan: TilePlan, dt
     pieces = cross_pieces(config, plan.num_tiles, tag_ids(tokenizer, plan, config))
     keys = sum(config.tokens_per_tile if isinstance(piece, int) else len(piece) for piece in pieces)
     return cache_bytes(config, 1, 0, keys, dtype) - cache_bytes(config, 1, 0, 0, dtype)
-
-
-def step_bytes(model: NVLMModel, batch: int, context: int, dtype: torch.dtype) -> int:
-    """What a decoding step of text has to read: the decoder's layers and head once, each row's keys and values."""
-    weights = weight_bytes(model)
-    head = weights["head"] or weights["embedding"]
-    return weights["layers"] + head + batch * context * token_bytes(model.shard, dtype)
 
 
 def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
@@ -71,12 +60,6 @@ def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
         run()
         times.append(time.perf_counter() - began)
     return times
-
-
-def read_bandwidth(num_bytes: int = READ_BYTES, rounds: int = 5, device: torch.device | str = "cpu") -> float:
-    """Bytes a second of a sum over `num_bytes`, on a CPU on torch's threads, the median; numpy asks for huge pages."""
-    x = torch.from_numpy(np.ones(num_bytes // 4, np.float32)).to(device)
-    return x.nbytes / statistics.median(_seconds(lambda: x.sum().item(), rounds))
 
 
 def gemm_rate(size: int = GEMM_SIZE, rounds: int = 3, device: torch.device | str = "cpu") -> float:
@@ -91,10 +74,11 @@ def card(model: NVLMModel, tokenizer: Tokenizer, plan: TilePlan, dtype: torch.dt
     Of a rank of a group what it holds and reads itself, and its own machine's roofs.
     """
     device = next(model.parameters()).device
-    bandwidth, step = read_bandwidth(device=device), step_bytes(model, 1, 0, dtype)
+    bandwidth, reads = read_bandwidth(device, READ_BYTES), step_bytes(model)
+    step = reads.total(0)
     return {
         "weight_bytes": weight_bytes(model),
-        "kv_bytes_a_token": token_bytes(model.shard, dtype),
+        "kv_bytes_a_token": reads.token,
         "image_key_bytes": image_key_bytes(model.shard, tokenizer, plan, dtype),
         "image_tiles": plan.num_tiles,
         "step_bytes": step,

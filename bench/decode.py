@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from bench import report
-from bench.card import READ_BYTES, token_bytes
+from bench.card import READ_BYTES
 from bench.synthetic import SHAPES, random_model, shape_config
 from nvlm_kernels.native import library
 from nvlm_runtime.cache import KVCache
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.native import NativeDecoder
 from nvlm_runtime.quantize import quantize
+from nvlm_runtime.roof import step_bytes
 
 Run = Callable[[], None]
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ class Routes:
             twin = model if name in ("plain", "native", "transformers") else self._quantised(model, name)
             if name not in ("plain", "transformers"):
                 self.native[name] = NativeDecoder(twin.language_model, self.library)
-            self.bytes[name] = _read_once(twin)
+            self.bytes[name] = step_bytes(twin)
         self.peer = self._transformers(model) if "transformers" in names else None
 
     @staticmethod
@@ -63,9 +64,6 @@ class Routes:
         from bench.transformers_peer import transformers_model
 
         return transformers_model(model, 0)
-
-    def step_bytes(self, name: str, batch: int, context: int) -> int:
-        return self.bytes[name] + batch * context * token_bytes(self.config, self.dtype)
 
     def run(self, name: str, batch: int, context: int) -> Run:
         position = torch.full((batch,), context - 1)
@@ -98,13 +96,6 @@ class Routes:
             past.crop(-1)
 
         return step
-
-
-def _read_once(model: NVLMModel) -> int:
-    """Bytes of the layers, the norm and the head; the embedding gives one row."""
-    head = model.language_model.lm_head
-    parts = [model.language_model.layers, model.language_model.norm, head]
-    return sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
 
 
 def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -154,7 +145,7 @@ def main() -> None:
         base = statistics.median(times[names[0]])
         for name in names:
             p20, p50, p80 = spread(times[name])
-            num_bytes = routes.step_bytes(name, batch, context)
+            num_bytes = routes.bytes[name].total(context, rows=batch)
             rows.append(
                 {
                     "route": name,

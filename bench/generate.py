@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.card import card, step_bytes
+from bench.card import card
 from bench.chart import draw
 from bench.contestants import Contestant, Ours, contestants
 from bench.report import RESULTS, setting, table
@@ -39,6 +39,7 @@ from nvlm_runtime.handle import ImageHandle
 from nvlm_runtime.image import open_image, plan_tiles
 from nvlm_runtime.profile import check_matplotlib
 from nvlm_runtime.ranks import abandon, in_group, join, launch, leave, tell
+from nvlm_runtime.roof import step_bytes
 from nvlm_runtime.slots import cache_bytes
 
 PARTS = ("vision", "first", "decode", "batches", "startup")
@@ -236,11 +237,12 @@ def measure_variants(engines: dict[str, NVLM], plan: Plan, file: Path | None) ->
 
 def add_limits(rows: list[dict[str, Any]], engine: NVLM, bandwidth: float) -> None:
     """What memory allows at each place: `limit` beside every time of text."""
+    reads = step_bytes(engine.model)
     for row in rows:
         if row["measure"] == "token_ms" and isinstance(row["at"], int):
-            row["limit"] = 1e3 * step_bytes(engine.model, 1, row["at"], engine.dtype) / bandwidth
+            row["limit"] = 1e3 * reads.total(row["at"]) / bandwidth
         if row["measure"] == "tokens_per_s":
-            row["limit"] = row["at"] * bandwidth / step_bytes(engine.model, row["at"], BATCH_CONTEXT, engine.dtype)
+            row["limit"] = row["at"] * bandwidth / reads.total(BATCH_CONTEXT, rows=row["at"])
 
 
 def show(rows: list[dict[str, Any]]) -> str:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.card import gemm_rate, read_bandwidth
+from bench.card import READ_BYTES, gemm_rate
 from bench.gloo import run_ranks
 from bench.report import table, write
 from bench.synthetic import random_model
 from bench.train_step import percentiles
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.devices import Device
+from nvlm_runtime.devices import Device, read_bandwidth
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import SOLO, Group
 from nvlm_runtime.plan import Request, plan_model
@@ -90,7 +90,7 @@ def planned(config: NVLMConfig, size: int, machine: Device) -> dict[str, float]:
 
 def compare(config: NVLMConfig, sizes: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
-    machine = Device("this machine", 0, read_bandwidth(), gemm_rate())
+    machine = Device("this machine", 0, read_bandwidth("cpu", READ_BYTES), gemm_rate())
     runs: dict[int, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,11 +1,13 @@
-"""GPUs this runtime knows the limits of, and what any machine multiplies in a second.
+"""GPUs this runtime knows the limits of, and what any machine multiplies and reads in a second.
 
 Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM.
 """
 
+import statistics
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -44,3 +46,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+def read_bandwidth(device: torch.device | str, num_bytes: int | None = None, rounds: int = 5) -> float:
+    """Bytes a second of a sum over `num_bytes`, the median of `rounds`: 2**30 on a GPU, 2**28 elsewhere unless given.
+    On a CPU by torch's threads (numpy asks for huge pages).
+    """
+    num_bytes = num_bytes or (2**30 if torch.device(device).type == "cuda" else 2**28)
+    x = torch.from_numpy(np.ones(num_bytes // 4, np.float32)).to(device)
+    times = []
+    for _ in range(rounds + 1):  # the first is a warm-up
+        began = time.perf_counter()
+        x.sum().item()
+        times.append(time.perf_counter() - began)
+    return x.nbytes / statistics.median(times[1:])

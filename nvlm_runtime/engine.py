@@ -38,6 +38,7 @@ from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
 from nvlm_runtime.quantize import quantize as quantize_model
 from nvlm_runtime.quantize import scheme_of
 from nvlm_runtime.request import STAGES, Output, Picture, Prepared, Row, check_ids
+from nvlm_runtime.roof import step_bytes
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.slots import Slots
 from nvlm_runtime.stages import Stages
@@ -154,6 +155,7 @@ class NVLM:
         self.template = template
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             replace_linears(model)
+        self._reads = step_bytes(model)
         self.chunk = chunk
         self.reuse = reuse and not deterministic
         self.speculate = speculate
@@ -468,4 +470,5 @@ class NVLM:
             stream=TextStream(self.tokenizer),
             eos_id=None if params.ignore_eos else self.tokenizer.eos_id,
             limit=min(params.max_new_tokens, room),
+            reads=self._reads,
         )

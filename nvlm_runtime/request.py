@@ -13,6 +13,7 @@ from nvlm_runtime.handle import ImageHandle
 from nvlm_runtime.image import TilePlan
 from nvlm_runtime.layout import Layout
 from nvlm_runtime.ngram import NgramIndex
+from nvlm_runtime.roof import StepBytes
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.tokenizer import TextStream
 
@@ -78,6 +79,7 @@ class Output:
     first_token: seconds from the first stage to the first token. token_seconds: of every later one; tokens that one
     step gave share its time.
     num_reused: prompt tokens whose keys and values were still in the cache.
+    step_bytes: what a decoding step of this answer alone has to read, on the average: weights, keys and values.
     """
 
     text: str
@@ -89,6 +91,7 @@ class Output:
     first_token: float | None
     token_seconds: list[float]
     num_reused: int
+    step_bytes: int
 
     def percentile(self, percent: int) -> float | None:
         """Seconds a token, of the tokens after the first; percent from 1 to 99. None with fewer than two of them."""
@@ -96,16 +99,21 @@ class Output:
             return None
         return statistics.quantiles(self.token_seconds, n=100, method="inclusive")[percent - 1]
 
+    def read_rate(self) -> float | None:
+        """Bytes a second that decoding read, by the median token; None before a second token."""
+        return self.step_bytes / statistics.median(self.token_seconds) if self.token_seconds else None
+
 
 @dataclass
 class Row:
-    """A request while it decodes. `limit`: the most tokens it may draw."""
+    """A request while it decodes. limit: the most tokens it may draw. reads: of the model's steps."""
 
     prepared: Prepared
     params: GenerationParams
     stream: TextStream
     eos_id: int | None  # None: an end token is a token like any other
     limit: int
+    reads: StepBytes
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
@@ -167,16 +175,18 @@ class Row:
         timings = {**self.prepared.timings, **self.timings}
         before = [seconds for stage, seconds in timings.items() if stage != "decode"]
         timings["total"] = sum(timings.values())
+        num_prompt, keys = len(self.prepared.input_ids), self.prepared.layout.cross_length
         return Output(
             text=self.text[: self.num_shown],
             token_ids=list(self.token_ids),
             finish_reason=self.finish_reason,
             timings=timings,
-            num_prompt_tokens=len(self.prepared.input_ids),
+            num_prompt_tokens=num_prompt,
             plans=self.prepared.plans,
             first_token=sum(before) if "decode" in timings else None,
             token_seconds=list(self.token_seconds),
             num_reused=self.num_reused,
+            step_bytes=self.reads.total(num_prompt + len(self.token_ids) // 2, keys),
         )
 
     @property

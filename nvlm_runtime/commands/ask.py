@@ -3,15 +3,17 @@
 import argparse
 import json
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from nvlm_runtime.commands.answers import output_values, print_plan, show_stream
 from nvlm_runtime.commands.loading import load_model, sampling_params
+from nvlm_runtime.devices import read_bandwidth
 from nvlm_runtime.request import Output
 
 
-def _print_timings(console: Console, output: Output) -> None:
+def _print_timings(console: Console, output: Output, device: torch.device) -> None:
     table = Table("stage", "ms", "share")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -24,6 +26,13 @@ def _print_timings(console: Console, output: Output) -> None:
         f"{output.num_prompt_tokens} prompt tokens, {len(output.token_ids)} new, {1e3 * per_token:.1f} ms each",
         highlight=False,
     )
+    if rate := output.read_rate():
+        limit = read_bandwidth(device)
+        console.print(
+            f"a step reads {output.step_bytes / 1e6:,.1f} MB, {rate / 1e9:.1f} GB/s: {rate / limit:.0%} of the "
+            f"{limit / 1e9:.1f} GB/s that memory gives",
+            highlight=False,
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
             print_plan(console, plan, model.config)
     show_stream(stream)
     if args.timings:
-        _print_timings(console, stream.output)
+        _print_timings(console, stream.output, model.device)
     return 0

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import generate, readme
-from bench.card import image_key_bytes, step_bytes, token_bytes, weight_bytes
+from bench import context, generate, readme
+from bench.card import image_key_bytes, weight_bytes
 from bench.contestants import Ours, Transformers, contestants
 from bench.report import RESULTS, setting
 from bench.synthetic import SHAPES, full_tokenizer, random_model, shape_config, synthetic
@@ -17,6 +17,7 @@ from nvlm_runtime.cli import main
 from nvlm_runtime.image import plan_tiles
 from nvlm_runtime.plain import answer, see
 from nvlm_runtime.profile import profile_request, stage_ops
+from nvlm_runtime.roof import step_bytes
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.slots import Slots
 from tests.runtime.small import small_engine
@@ -158,15 +159,50 @@ def test_the_cards_bytes_are_the_tensors(variant):
         p.nbytes for n, p in (*decoder.layers.named_parameters(), *decoder.norm.named_parameters()) if "cross_" not in n
     )
     slots = Slots.allocate(engine.config, 1, 99, 0, 512, engine.device, engine.dtype)
-    assert 100 * token_bytes(engine.config, engine.dtype) == slots.cache.k.nbytes + slots.cache.v.nbytes
-    assert step_bytes(engine.model, 2, 10, engine.dtype) == counts["layers"] + counts["head"] + 20 * token_bytes(
-        engine.config, engine.dtype
-    )
+    reads = step_bytes(engine.model)
+    assert 100 * reads.token == slots.cache.k.nbytes + slots.cache.v.nbytes
+    assert reads.total(10, rows=2) == counts["layers"] + counts["head"] + 20 * reads.token
     handle = engine.encode_image(Image.new("RGB", (96, 64)))
     plan = plan_tiles(96, 64, 32)
     expected = handle.kv.k.nbytes + handle.kv.v.nbytes if handle.kv else 0
     assert image_key_bytes(engine.config, engine.tokenizer, plan, engine.dtype) == expected
     assert (expected > 0) == (variant != "d")
+    if handle.kv:
+        assert reads.image_key * handle.kv.k.shape[2] == expected
+        once = sum(p.nbytes for n, p in decoder.named_parameters() if "cross_attn.k_" in n or "cross_attn.v_" in n)
+        seen = counts["layers"] + counts["head"] + counts["cross"] - once + 5 * reads.token + expected
+        assert reads.total(5, handle.kv.k.shape[2]) == seen, "keys and values are projected once an image"
+
+
+def test_quantised_weights_are_read_as_they_are_kept():
+    engine = NVLM.load("micro-x", quantize={"decoder": "int8", "head": "int4"}, reuse=False)
+    reads, config = step_bytes(engine.model), engine.config.text
+    layer = engine.model.language_model.layers[0]
+    linears = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    assert all(linear.weight.dtype == torch.int8 for linear in linears)
+    kept = sum(linear.weight.nbytes + linear.scale.nbytes for linear in linears) * config.num_hidden_layers
+    head = engine.model.language_model.lm_head
+    kept += head.packed.nbytes + head.scale.nbytes
+    assert kept <= reads.weights < 1.05 * kept, "norms and biases beside them"
+
+
+def test_an_answer_says_what_its_steps_read(micro):
+    output = micro.generate("What is the total?", images=[RECEIPT], max_new_tokens=5, ignore_eos=True)
+    context = output.num_prompt_tokens + 2
+    assert output.step_bytes == step_bytes(micro.model).total(context)
+    seconds = sorted(output.token_seconds)
+    assert output.read_rate() == pytest.approx(output.step_bytes / (seconds[1] + seconds[2]) * 2)
+    assert micro.generate("What?", max_new_tokens=1, ignore_eos=True).read_rate() is None
+
+
+@pytest.mark.parametrize("native", [None, False])
+def test_context_tells_host_time_from_the_native_step(native):
+    (row,) = context.measure("micro-x", [4], tokens=6, rounds=2, native=native)
+    assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["context"] == 4
+    if native is False:
+        assert row["host_p50_ms"] is None
+    else:
+        assert 0 < row["host_p50_ms"] < row["p50_ms"]
 
 
 def test_synthetic_models():

@@ -1,6 +1,7 @@
 """The command, as a user starts it: words on stderr, exit codes, nothing imported before its time."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def test_ask_answers(capsys, variant):
     assert (code, err) == (0, "")
     assert "17.40" in out.splitlines(), "the answer stands on a line of its own"
     assert "<tile_1>" in out and "encode" in out and "decode" in out
+    assert re.search(r"a step reads \d+\.\d MB, \d+\.\d GB/s: \d+% of the \d+\.\d GB/s that memory gives", out), out
 
 
 def test_ask_json(capsys):
