@@ -3,6 +3,7 @@
 A stage reads and writes tensors that live as long as it does, so a replay needs no work from the host but a launch.
 Image encoding has one stage a tile count, nothing padded; a prompt is read in chunks whose lengths are powers of two,
 the last one padded by less than 32 tokens; a step has one stage a batch bucket. All share one memory pool.
+Of a tensor-parallel group every rank builds the same stages in the same order, and their collectives are captured too.
 Without a GPU a stage simply runs: the same code, the same buffers, and `replay.check` holds it to the rules.
 """
 
@@ -40,8 +41,10 @@ class Stage:
         else:
             self.graph.replay()
 
-    def capture(self, pool: tuple[int, int]) -> None:
-        """Runs fn, so that every kernel is compiled, then captures it. Buffers hold what fn left in them."""
+    def capture(self, pool: tuple[int, int], mode: str) -> None:
+        """Runs fn, so that every kernel is compiled, then captures it. Buffers hold what fn left in them. mode: which
+        threads may not call CUDA meanwhile, as torch.cuda.graph's capture_error_mode.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -49,7 +52,7 @@ class Stage:
                 self.fn()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode=mode):
             self.fn()
 
 
@@ -57,6 +60,7 @@ class GraphStages(Stages):
     """Stages built when they are first needed, which `NVLM.warmup` does for all. num_built counts them."""
 
     spare = SMALLEST_CHUNK  # a padded chunk ends so far behind a row's slots
+    may_look = False
 
     def __init__(self, model: NVLMModel, deterministic: bool = False):
         super().__init__(model, deterministic)
@@ -125,7 +129,8 @@ class GraphStages(Stages):
             stage = build()
             if self.device.type == "cuda":
                 with key[1].at_rest() if isinstance(key[1], Slots) else nullcontext():
-                    stage.capture(self.pool)
+                    # a group's watchdog asks CUDA for its events from a thread of its own
+                    stage.capture(self.pool, "global" if self.model.group.size == 1 else "thread_local")
             self.stages[name] = stage
             self.built(stage.name)
         return self.stages[name]

@@ -4,7 +4,8 @@ The largest logit, a temperature, min-p and the penalty need a few numbers a row
 largest of each, then each one's mass, then how much of it lies below the draw. For top-k and top-p every rank gives its
 CANDIDATES likeliest tokens. They are enough where the least likely token that is kept is likelier than what any rank
 held back; the host looks whether it is so, and a batch with another row has its logits gathered and drawn from as one
-process does. The token is one process's, but where a draw falls within fp32's rounding of the boundary between two.
+process does; so has every batch where the host may not look, in a CUDA graph. The token is one process's, but where a
+draw falls within fp32's rounding of the boundary between two.
 """
 
 import torch
@@ -18,15 +19,24 @@ CANDIDATES = 512  # of a rank
 
 
 def draw_over_ranks(
-    logits: Tensor, sampling: Sampling, positions: Tensor, kind: Draw, group: Group, vocab_size: int
+    logits: Tensor,
+    sampling: Sampling,
+    positions: Tensor,
+    kind: Draw,
+    group: Group,
+    vocab_size: int,
+    may_look: bool = True,
 ) -> Tensor:
     """As `sampling.draw`, of this rank's logits [B, V / size]; vocab_size: the embedding's rows, without padding.
+    may_look: whether the host may wait for a value.
 
     Collectives: one gather; two and a sum more where a row has a temperature or a penalty, or, with top-k or top-p, a
     sum and a gather, and one more where the candidates were not enough.
     """
     if group.size == 1:
         return draw(logits, sampling, positions, kind)
+    if kind == Draw.SORTED and not may_look:
+        return draw(group.gather(logits)[:, :vocab_size], sampling, positions, kind)
     first, known = group.rank * logits.shape[1], sampling.seen.shape[1]
     width = max(0, min(logits.shape[1], known - first))  # of the tokenizer's ids
     local = logits[:, :width].float()

@@ -7,6 +7,7 @@ behind but what it wrote into its buffers. `check` runs it and watches every cal
 
 import gc
 import sys
+import time
 import weakref
 from typing import Any
 
@@ -22,6 +23,7 @@ from nvlm_runtime.graphs import Stage
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose", "argwhere"}
 ASKING |= {"__bool__", "__int__", "__float__", "__index__", "bincount", "unique_consecutive"}
 FROM_HOST = {"tensor", "as_tensor", "from_numpy", "asarray"}
+PATIENCE = 100  # hundredths of a second in which a collective's own thread lets go of its tensors
 ASKING_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "unique_dim"}
 
 
@@ -36,8 +38,7 @@ def check(stage: Stage) -> None:
         watch = _Watch(stage.name)
         with _Calls(stage.name), watch:
             stage.fn()
-        gc.collect()
-        if left := [shape for tensor, shape in watch.made if tensor() is not None]:
+        if left := watch.left():
             raise ReplayError(f"stage {stage.name!r} keeps a tensor {list(left[0])} that its {run} run made")
         after = _identity(stage)
         for name, (address, shape, dtype) in after.items():
@@ -100,6 +101,15 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.stage = stage
         self.made: list[tuple[weakref.ref, tuple[int, ...]]] = []
+
+    def left(self) -> list[tuple[int, ...]]:
+        """Shapes of the tensors that were made and are still there."""
+        gc.collect()
+        for _ in range(PATIENCE):
+            if not (left := [shape for tensor, shape in self.made if tensor() is not None]):
+                break
+            time.sleep(0.01)
+        return left
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__

@@ -31,6 +31,7 @@ class Stages:
     """
 
     spare = 1  # slots that its buffers need behind their capacity
+    may_look = True  # at a value on the device, in the middle of a step
 
     def __init__(self, model: NVLMModel, deterministic: bool = False, native: Native | None = None):
         self.model = model
@@ -164,7 +165,7 @@ class Stages:
     def _pick(self, logits: Tensor, sampling: Sampling, positions: Tensor, kind: Draw) -> Tensor:
         """Tokens [B] of this rank's logits, the same on every rank."""
         vocab_size = self.model.config.text.vocab_size
-        return draw_over_ranks(logits, sampling, positions, kind, self.model.group, vocab_size)
+        return draw_over_ranks(logits, sampling, positions, kind, self.model.group, vocab_size, self.may_look)
 
 
 def write_cross(slots: Slots, row: int, start: int, kv: CrossKV) -> None:

@@ -1,17 +1,21 @@
 """Every stage, and every batch bucket, by the rules of CUDA graphs, on the kernels' own path (the interpreter)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from bench.gloo import run_ranks
 from nvlm_kernels._backend import INTERPRET
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.graphs import GraphStages, Stage
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.parallel import Group
 from nvlm_runtime.replay import ReplayError, check
 from nvlm_runtime.sampling import Draw
+from nvlm_runtime.weights import save
 from tests.runtime.small import CONFIGS, micro_tokenizer, randomise
 from tests.runtime.test_model import picture
 
@@ -32,25 +36,39 @@ def engine(variant: str, **options) -> NVLM:
     return NVLM(randomise(model), micro_tokenizer(), chunk=64, graphs=True, **options)
 
 
-def stages_of(variant: str) -> list[Stage]:
-    model = engine(variant)
-    for num_tiles in (1, 3, 4, 5, 6, 7):
+@torch.inference_mode()
+def names_of(model: NVLM, tiles: Sequence[int] = (1, 3, 4, 5, 6, 7), rows: int = ROWS) -> list[str]:
+    """Of its stages, every one of which is checked."""
+    for num_tiles in tiles:
         model.stages.project(model.stages.encode(torch.zeros(num_tiles, 3, 32, 32)))
-    model.batch(ROWS, 200, 64).warmup()
-    return list(model.stages.stages.values())
+    model.batch(rows, 200, 64).warmup()
+    stages = list(model.stages.stages.values())
+    for stage in stages:
+        check(stage)
+    return [stage.name for stage in stages]
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
-@torch.inference_mode()
 def test_every_stage_can_be_replayed(variant):
-    stages = stages_of(variant)
-    names = {stage.name for stage in stages}
+    names = set(names_of(engine(variant)))
     sees = ("", " sees") if variant != "d" else ("",)
     assert {f"encode {n}" for n in (1, 3, 4, 5, 6, 7)} <= names, "one an image's tile count, nothing padded"
     assert {"prefill 32", "prefill 64"} <= names
     assert {f"step {n} {kind.name}{see}" for n in (1, 2, 4) for kind in Draw for see in sees} <= names
-    for stage in stages:
-        check(stage)
+
+
+def stages_over_ranks(group: Group, folder: Path) -> list[str]:
+    """The names of a rank's stages, each checked in step with the other ranks'."""
+    return names_of(NVLM.load(folder, group=group, chunk=32, graphs=True), tiles=(3,), rows=1)
+
+
+def test_stages_over_ranks_can_be_replayed(tmp_path):
+    alone = engine("h")
+    save(alone.model, tmp_path)
+    alone.tokenizer.save(tmp_path)
+    one, other = run_ranks(2, stages_over_ranks, tmp_path)
+    assert one == other and {f"step 1 {kind.name}{see}" for kind in Draw for see in ("", " sees")} <= set(one)
+    assert {"encode 3", "project 3", "prefill 32"} <= set(one)
 
 
 def broken(change: Callable[[GraphStages, Stage], None]) -> Stage:

@@ -62,6 +62,12 @@ def test_four_ranks_share_two_kv_heads(four, whole):
         check_answers(rank["answers", "heads"], whole)
 
 
+def test_static_stages_answer_as_one_process(two, whole):
+    """Those that a GPU would capture; their draws by top-k and top-p ask no rank's host."""
+    for rank in two:
+        check_answers(rank["static answers"], whole)
+
+
 def test_three_ranks(tmp_path):
     write(tmp_path, "h", text=TEXT_3)
     want = [work.answers(load(tmp_path, speculate=2))]

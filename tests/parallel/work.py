@@ -95,6 +95,8 @@ def everything(group: Group, folders: list[Path], splits: list[str]) -> dict[str
         models = [load(folder, group=group, vision_split=split, speculate=2) for folder in folders]
         found["answers", split] = [answers(model) for model in models]
         found["collectives", split] = collectives(group, folders[0], split)
+    static = [load(folder, group=group, graphs=True, chunk=32) for folder in folders]
+    found["static answers"] = [answers(model) for model in static]
     free = models[0].generate("Hello?", max_new_tokens=12, ignore_eos=True, temperature=5.0)
     found["free"] = free.token_ids
     found["gradients"] = [gradients(folder, group) for folder in folders]
