@@ -14,10 +14,18 @@ import torch.multiprocessing as mp
 from nvlm_runtime.parallel import Group
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, threads: int = 1, timeout: float = 300) -> list[Any]:
+def run_ranks(
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    threads: int = 1,
+    timeout: float = 300,
+    backend: str = "gloo",
+) -> list[Any]:
     """What `function(group, *args)` returns on each rank. AssertionError with the first rank's traceback if one fails.
 
     function: of a module, so that a new process can import it. threads: torch's, of each. timeout: seconds for all.
+    backend: of torch.distributed.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -25,7 +33,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, threads: int 
     context = mp.get_context("spawn")
     queue = context.Queue()
     processes = [
-        context.Process(target=_work, args=(rank, size, port, queue, threads, function, args), daemon=True)
+        context.Process(target=_work, args=(rank, size, port, backend, queue, threads, function, args), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -43,12 +51,19 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, threads: int 
 
 
 def _work(
-    rank: int, size: int, port: int, queue: Any, threads: int, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    size: int,
+    port: int,
+    backend: str,
+    queue: Any,
+    threads: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(threads)
     try:
         dist.init_process_group(
-            "gloo", f"tcp://localhost:{port}", world_size=size, rank=rank, timeout=timedelta(seconds=60)
+            backend, f"tcp://localhost:{port}", world_size=size, rank=rank, timeout=timedelta(seconds=60)
         )
         value = function(Group(rank, size, dist.group.WORLD), *args)
         dist.barrier()
