@@ -1,8 +1,8 @@
 """What tile tags are worth, the NVLM paper's tables 1 and 2 in miniature: python -m bench.tile_tags [options]
 
 NVLM-D with no tags, 1-D, 2-D grid and 2-D box tags, NVLM-X with none and 1-D, each from three seeds: the micro models'
-sizes and tower, trained on the same rendered documents of two and three tiles in the same order, then asked about new
-ones, exact answers counted. A run takes minutes; finished ones are kept in the results, so the command goes on where it
+sizes and tower, trained on the same rendered documents of two and three tiles in the same order, one a row (packed,
+longer tags would leave room for fewer), then asked about new ones, exact answers counted. A run takes minutes; finished ones are kept in the results, so the command goes on where it
 was stopped. A seed is of the weights, of the order of the data and of nothing else.
 """
 
@@ -53,6 +53,7 @@ def train(variant: str, tags: str, seed: int, args: argparse.Namespace) -> dict[
             lr_min=0.0,
             warmup=min(200, args.steps - 1),
             muon_lr=4e-3,
+            packed=False,
             rows=args.rows,
             seed=seed,
             checkpoint_every=args.steps,
@@ -143,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.tile_tags", description=__doc__.splitlines()[0])
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--steps", type=int, default=600)
-    made.add_argument("--rows", type=int, default=2, help="of 1,024 tokens, a step (default: %(default)s)")
+    made.add_argument("--rows", type=int, default=8, help="documents a step (default: %(default)s)")
     made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
     made.add_argument("--variants", nargs="+", choices=FORMATS, default=list(FORMATS))
     made.add_argument("--work", type=Path, default=Path("work"), help="tower and documents, as of nvlm train micro")
