@@ -2,8 +2,9 @@
 
 NVLM-D with no tags, 1-D, 2-D grid and 2-D box tags, NVLM-X with none and 1-D, each from three seeds: the micro models'
 sizes and tower, trained on the same rendered documents of two and three tiles in the same order, one a row (packed,
-longer tags would leave room for fewer), then asked about new ones, exact answers counted. A run takes minutes; finished ones are kept in the results, so the command goes on where it
-was stopped. A seed is of the weights, of the order of the data and of nothing else.
+longer tags would leave room for fewer), then asked about new ones, exact answers counted. A run takes minutes; finished
+ones are kept in the results, so the command goes on where it was stopped. A seed is of the weights, of the order of the
+data and of nothing else.
 """
 
 import argparse

@@ -12,7 +12,7 @@ RUNS = [("d", "none"), ("d", "1d"), ("d", "grid"), ("d", "bbox"), ("x", "none"),
 
 def row(variant, tags, seed, right, steps=1):
     kinds = {"tile": [10, right], "read": [10, 0]}
-    common = {"steps": steps, "rows": 2, "loss": 1.0, "seconds": 1.0}
+    common = {"steps": steps, "rows": 8, "loss": 1.0, "seconds": 1.0}
     return {"variant": variant, "tags": tags, "seed": seed, "accuracy": right / 20, "kinds": kinds} | common
 
 
