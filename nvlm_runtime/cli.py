@@ -103,6 +103,17 @@ def _info(parser: argparse.ArgumentParser) -> None:
     _json_option(parser)
 
 
+def _look(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "nvlm look IMAGE [IMAGE ...] PROMPT [options]"
+    parser.add_argument("words", nargs="+", metavar="IMAGE ... PROMPT", help="picture files, then the question")
+    parser.add_argument("--png", metavar="FILE", help="save the pictures, warm where the model read most")
+    parser.add_argument("--token", type=int, metavar="N", help="--png: of the answer's Nth token (default: of all)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    _model_options(parser)
+    _style_option(parser)
+    _json_option(parser)
+
+
 def _profile(parser: argparse.ArgumentParser) -> None:
     parser.usage = "nvlm profile [IMAGE ...] PROMPT [options]"
     parser.add_argument("words", nargs="+", metavar="[IMAGE ...] PROMPT", help="picture files, then the question")
@@ -234,6 +245,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "ask": ("ask", _ask, "answer one question about pictures"),
     "chat": ("chat", _chat, "talk about pictures: /image FILE adds one, /quit leaves"),
+    "look": ("look", _look, "an answer, and where in the pictures the model read"),
     "info": ("info", _info, "what a model is, and how it would tile a picture"),
     "plan": ("plan", _plan, "bytes a GPU and predicted times, before any is rented"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),

@@ -1,0 +1,81 @@
+"""`nvlm look`: an answer, and where in the pictures the model read while it wrote it."""
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nvlm_runtime.commands.loading import load_model
+from nvlm_runtime.heat import draw_heat, stack
+from nvlm_runtime.image import open_image
+from nvlm_runtime.look import Look, look
+from nvlm_runtime.sampling import GenerationParams
+
+
+def run(args: argparse.Namespace) -> int:
+    *images, prompt = args.words
+    params = GenerationParams(max_new_tokens=args.max_new_tokens)
+    if not images:
+        raise ValueError("nvlm look needs a picture before the question")
+    model = load_model(args)
+    pictures = [open_image(image) for image in images]
+    prepared = model.prepare(prompt, pictures, style=args.style)
+    stream = model.complete(prepared, params)
+    for _ in stream:
+        pass
+    output = stream.output
+    if not output.token_ids:
+        raise ValueError("the answer has no token, so nothing was looked at")
+    tokens = [model.tokenizer.decode([token]) for token in output.token_ids]
+    if args.token is not None and not 1 <= args.token <= len(tokens):
+        raise ValueError(f"--token must be from 1 to {len(tokens)}, the answer's tokens, got {args.token}")
+    found = look(model, [*prepared.input_ids, *output.token_ids], pictures, len(prepared.input_ids))
+    if args.png:
+        at = slice(None) if args.token is None else slice(args.token - 1, args.token)
+        drawn = [
+            draw_heat(picture, seen.plan, seen.weights[at].mean(0))
+            for picture, seen in zip(pictures, found.images, strict=True)
+        ]
+        stack(drawn).save(args.png)
+    if args.json:
+        print(json.dumps({"text": output.text} | _values(found, tokens)))
+        return 0
+    console = Console()
+    console.print(output.text, markup=False, highlight=False)
+    _print(console, found, tokens)
+    return 0
+
+
+def _values(found: Look, tokens: list[str]) -> dict[str, Any]:
+    """tiles: of each image, of each token, the tiles' shares."""
+    return {
+        "tokens": tokens,
+        "tiles": [seen.weights.sum((2, 3)).tolist() for seen in found.images],
+        "in_decoder": found.in_decoder,
+        "decoder_share": found.decoder_share.tolist(),
+        "gates": found.gates,
+    }
+
+
+def _print(console: Console, found: Look, tokens: list[str]) -> None:
+    names = []
+    for number, seen in enumerate(found.images, 1):
+        picture = f"{number}: " if len(found.images) > 1 else ""
+        names += [f"{picture}tile {tile}" for tile in range(1, seen.plan.num_regular + 1)]
+        names += [f"{picture}thumbnail"] * seen.plan.has_thumbnail
+    table = Table("token", *names)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for number, token in enumerate(tokens):
+        shares = [share for seen in found.images for share in seen.weights[number].sum((1, 2)).tolist()]
+        table.add_row(repr(token)[1:-1], *(f"{share:.0%}" for share in shares))
+    console.print(table)
+    if any(any(tiles) for tiles in found.in_decoder):
+        console.print(
+            f"{found.decoder_share.mean():.0%} of the decoder's attention fell on image tokens", highlight=False
+        )
+    for layer, (gate, ffn_gate) in found.gates.items():
+        ffn = "" if ffn_gate is None else f", feed-forward {ffn_gate:+.3f}"
+        console.print(f"layer {layer}: gate {gate:+.3f}{ffn}", highlight=False)
