@@ -192,6 +192,15 @@ def tile_pixels(image: Image.Image, plan: TilePlan) -> Tensor:
     return (x.to(torch.float32) / 255 - mean) / std
 
 
+def check_drawing(path: str | Path) -> None:
+    """ValueError for a file that no picture can be saved to: its folder is not there, or its ending names no format."""
+    path = Path(path)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: expected a file ending that names a picture format, such as .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: its folder is not there")
+
+
 def draw_plan(image: Image.Image, plan: TilePlan) -> Image.Image:
     """The picture as the grid stretches it, for people: lines between the tiles and each tile's number, from 1."""
     side = plan.image_size

@@ -11,7 +11,7 @@ from nvlm_runtime.commands.answers import plan_values, print_plan
 from nvlm_runtime.config import from_hf
 from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.entries import parameter_counts
-from nvlm_runtime.image import draw_plan, open_image, plan_tiles
+from nvlm_runtime.image import check_drawing, draw_plan, open_image, plan_tiles
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.weights import read_json
 
@@ -21,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
         config = PRESETS[args.name]
     else:
         config = from_hf(read_json(checkpoint_folder(args.name) / "config.json"))
+    if args.draw:
+        check_drawing(args.draw)
     counts = parameter_counts(config)
     plans = []
     for path in args.images:

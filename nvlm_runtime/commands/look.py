@@ -6,10 +6,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nvlm_runtime.commands.loading import load_model
 from nvlm_runtime.heat import draw_heat, stack
-from nvlm_runtime.image import open_image
+from nvlm_runtime.image import check_drawing, open_image
 from nvlm_runtime.look import Look, look
 from nvlm_runtime.sampling import GenerationParams
 
@@ -19,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
     params = GenerationParams(max_new_tokens=args.max_new_tokens)
     if not images:
         raise ValueError("nvlm look needs a picture before the question")
+    if args.png:
+        check_drawing(args.png)
     model = load_model(args)
     pictures = [open_image(image) for image in images]
     prepared = model.prepare(prompt, pictures, style=args.style)
@@ -60,18 +63,15 @@ def _values(found: Look, tokens: list[str]) -> dict[str, Any]:
 
 
 def _print(console: Console, found: Look, tokens: list[str]) -> None:
-    names = []
     for number, seen in enumerate(found.images, 1):
-        picture = f"{number}: " if len(found.images) > 1 else ""
-        names += [f"{picture}tile {tile}" for tile in range(1, seen.plan.num_regular + 1)]
-        names += [f"{picture}thumbnail"] * seen.plan.has_thumbnail
-    table = Table("token", *names)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for number, token in enumerate(tokens):
-        shares = [share for seen in found.images for share in seen.weights[number].sum((1, 2)).tolist()]
-        table.add_row(repr(token)[1:-1], *(f"{share:.0%}" for share in shares))
-    console.print(table)
+        names = [f"tile {tile}" for tile in range(1, seen.plan.num_regular + 1)]
+        names += ["thumbnail"] * seen.plan.has_thumbnail
+        table = Table("token", *names, title=f"picture {number}" if len(found.images) > 1 else None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for token, shares in zip(tokens, seen.weights.sum((2, 3)).tolist(), strict=True):
+            table.add_row(Text(repr(token)[1:-1]), *(f"{share:.0%}" for share in shares))
+        console.print(table)
     if any(any(tiles) for tiles in found.in_decoder):
         console.print(
             f"{found.decoder_share.mean():.0%} of the decoder's attention fell on image tokens", highlight=False

@@ -193,6 +193,8 @@ def test_the_command(tmp_path, capsys):
     [
         (["What?"], "needs a picture"),
         ([str(RECEIPT), "What is the total?", "--token", "9"], "--token must be from 1 to 5"),
+        ([str(RECEIPT), "What?", "--png", "nowhere/a.png"], "its folder is not there"),
+        ([str(RECEIPT), "What?", "--png", "a.what"], "names a picture format"),
         (["nothing.png", "What?"], "nothing.png"),
     ],
 )
