@@ -264,7 +264,7 @@ inline void dot(const Matrix& m, int64_t row, const float* x, int64_t ldx, float
     for (int r = 0; r < NR; r++)
         for (int b = 0; b < NB; b++) {
             float total = total_of(sums[r][b]);
-            for (int64_t j = i; j < cols; j++) total += load1<KIND>(data[r], j) * x[b * ldx + j];
+            for (int64_t j = i; j < cols; j++) total = std::fma(load1<KIND>(data[r], j), x[b * ldx + j], total);
             out[r][b] = total;
         }
 }
