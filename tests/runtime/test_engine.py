@@ -7,6 +7,7 @@ from PIL import Image
 
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.request import Row
+from nvlm_runtime.roof import step_bytes
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.tokenizer import TextStream
 from tests.runtime.small import small_engine
@@ -19,7 +20,8 @@ def play(engine, ids, eos_id=-1, limit=None, **params):
     """Pieces and the row of a request whose draws are these ids."""
     eos_id = engine.tokenizer.eos_id if eos_id == -1 else eos_id
     params = GenerationParams(**params)
-    row = Row(engine.prepare("Hello?"), params, TextStream(engine.tokenizer), eos_id, limit or len(ids))
+    reads = step_bytes(engine.model)
+    row = Row(engine.prepare("Hello?"), params, TextStream(engine.tokenizer), eos_id, limit or len(ids), reads)
     pieces = []
     while not row.done:
         pieces.append(row.accept(ids[len(pieces)]))
