@@ -341,8 +341,8 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """What `main` prints and saves. Raises ValueError for what does not fit together, before anything is measured."""
+def check(args: argparse.Namespace) -> None:
+    """Fills in what --quick means. Raises ValueError for words that do not fit together."""
     if args.quick:
         args.model, args.rounds, args.steps = args.model or "micro-d", 1, 3
         args.contexts, args.batches = args.contexts or [32, 128], [1, 2]
@@ -355,18 +355,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--rounds, --steps and --batches must be at least 1")
     if args.model and args.variant != "d":
         raise ValueError("--variant belongs to --shape: a checkpoint is what it is")
+    if ((args.tp or 1) > 1 or in_group()) and args.shape:
+        raise ValueError("--tp splits a checkpoint: give a model, not --shape or --against")
+    if args.png or (args.results and not args.against):
+        check_matplotlib()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """What `main` prints and saves. Raises ValueError where model, ranks and what is asked do not fit together, before
+    anything is measured.
+    """
     name = args.model or f"{args.shape}-{args.variant}"
     name = "-against-".join([Path(name).name, *args.against]) if args.against else Path(name).name
     group, device = join(args.device, args.tp)
     if group.size > 1:
-        if args.shape or args.against:
-            raise ValueError("--tp splits a checkpoint: give a model, not --shape or --against")
         name = f"{name}-tp{group.size}"
     if args.results:
         args.json = args.json or RESULTS / f"generate-{name}.json"
         args.png = args.png or (None if args.against else args.json.with_suffix(".png"))
-    if args.png:
-        check_matplotlib()
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.shape:
         engines = {
@@ -410,11 +416,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     options, argv = parser(), sys.argv[1:] if argv is None else argv
     args = options.parse_args(argv)
-    if (args.tp or 1) > 1 and not in_group():
-        return launch(argv, args.tp, "bench.generate")
     if int(os.environ.get("RANK", "0")):
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     try:
+        check(args)
+        if (args.tp or 1) > 1 and not in_group():
+            return launch(argv, args.tp, "bench.generate")
         result = run(args)
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())

@@ -1,9 +1,11 @@
 """Runs a function on several gloo processes of this machine, each given its group; brings back what each returns."""
 
 import io
+import queue
 import socket
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +24,8 @@ def run_ranks(
     timeout: float = 300,
     backend: str = "gloo",
 ) -> list[Any]:
-    """What `function(group, *args)` returns on each rank. AssertionError with the first rank's traceback if one fails.
+    """What `function(group, *args)` returns on each rank. AssertionError with the ranks' tracebacks if one fails, and
+    with its exit code as soon as one is gone.
 
     function: of a module, so that a new process can import it. threads: torch's, of each. timeout: seconds for all.
     backend: of torch.distributed.
@@ -31,15 +34,15 @@ def run_ranks(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
-    queue = context.Queue()
+    results = context.Queue()
     processes = [
-        context.Process(target=_work, args=(rank, size, port, backend, queue, threads, function, args), daemon=True)
+        context.Process(target=_work, args=(rank, size, port, backend, results, threads, function, args), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
         process.start()
     try:
-        found = [queue.get(timeout=timeout) for _ in processes]
+        found = _results(processes, results, time.monotonic() + timeout)
     finally:
         for process in processes:
             process.join(20)
@@ -50,12 +53,29 @@ def run_ranks(
     return [torch.load(io.BytesIO(value), weights_only=False) for value in packed]
 
 
+def _results(processes: Sequence[Any], results: Any, deadline: float) -> list[tuple[int, str, bytes | None]]:
+    """What every process put, (rank, traceback, value); AssertionError where one ended without, or time is up."""
+    found = []
+    while len(found) < len(processes):
+        lost = [
+            rank for rank, process in enumerate(processes) if process.exitcode is not None
+        ]  # seen before the queue is read
+        try:
+            found.append(results.get(timeout=1))
+        except queue.Empty:
+            silent = sorted({*range(len(processes))} - {rank for rank, _, _ in found})
+            ends = {rank: processes[rank].exitcode for rank in lost if rank in silent}
+            assert not ends, f"ranks {silent} brought nothing back; exit codes {ends}"
+            assert time.monotonic() < deadline, f"ranks {silent} brought nothing back in time"
+    return found
+
+
 def _work(
     rank: int,
     size: int,
     port: int,
     backend: str,
-    queue: Any,
+    results: Any,
     threads: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -69,9 +89,9 @@ def _work(
         dist.barrier()
         packed = io.BytesIO()
         torch.save(value, packed)  # by value: a tensor's memory ends with its process
-        queue.put((rank, "", packed.getvalue()))
+        results.put((rank, "", packed.getvalue()))
     except BaseException:
-        queue.put((rank, traceback.format_exc(), None))
+        results.put((rank, traceback.format_exc(), None))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -57,7 +57,9 @@ def join(device: str, size: int | None, timeout: float = TIMEOUT, option: str = 
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=LOADING))
         dist.barrier()  # processes start and load at their own pace, but answer at one
-    return Group(dist.get_rank(), world, dist.new_group(timeout=timedelta(seconds=timeout))), device
+    handle = dist.new_group(timeout=timedelta(seconds=timeout))
+    dist.barrier()  # a rank that ends now would cut off one that still connects
+    return Group(dist.get_rank(), world, handle), device
 
 
 def join_mesh(device: str, tensor: int | None, data: int | None, timeout: float = TIMEOUT) -> tuple[Mesh, str]:
@@ -90,6 +92,7 @@ def mesh_of(world: Group, data: int, timeout: float = TIMEOUT) -> Mesh:
         )
         for cut in (rows, columns)
     ]
+    dist.barrier()  # as in `join`
     return Mesh(*mine, world)
 
 

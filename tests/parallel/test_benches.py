@@ -1,13 +1,16 @@
 """The benches that start ranks: what they compare is the same, and every figure is there. No time is asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import layer, loading
+from bench.gloo import run_ranks
 from tests.parallel.test_command import environment
 
 
@@ -47,10 +50,8 @@ def test_generation_is_timed_over_ranks(tmp_path):
     rows = [row for part in held["parts"].values() for row in part["rows"]]
     assert {(row["measure"], row["contestant"]) for row in rows} == {("tile_ms", "ours"), ("token_ms", "ours")}
     done = generate("--shape", "micro")
-    assert (
-        done.returncode == 2
-        and done.stderr == "nvlm: --tp splits a checkpoint: give a model, not --shape or --against\n"
-    )
+    words = "bench.generate: --tp splits a checkpoint: give a model, not --shape or --against\n"
+    assert (done.returncode, done.stderr) == (2, words)
 
 
 @pytest.mark.parametrize("bench", [layer, loading])
@@ -59,3 +60,15 @@ def test_bad_words(bench, capsys):
         with pytest.raises(SystemExit, match="2"):
             bench.main(words)
     assert "at least 1" in capsys.readouterr().err
+
+
+def ends(group, code):
+    if group.rank:
+        os._exit(code)
+    group.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_that_is_gone_is_named(code):
+    with pytest.raises(AssertionError, match=f"ranks .*1.* brought nothing back; exit codes .*1: {code}"):
+        run_ranks(2, ends, code)

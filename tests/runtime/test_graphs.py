@@ -61,7 +61,9 @@ def test_nothing_is_built_after_an_engine_s_warmup(variant):
         for number in range(12):
             images = [picture(rng.choice(sizes), number)] * rng.randrange(2)
             prepared = engine.prepare(" ".join(["word"] * rng.randrange(1, 20)), images)
-            params = GenerationParams(max_new_tokens=rng.randrange(1, 8), temperature=rng.choice([0.0, 1.0]))
+            params = GenerationParams(
+                max_new_tokens=rng.randrange(1, 8), temperature=rng.choice([0.0, 1.0]), seed=number, ignore_eos=True
+            )
             answers.append(engine.submit(prepared, params))
         assert all(answer.result(60).token_ids for answer in answers)
     assert model.compiles_after_warmup == 0
