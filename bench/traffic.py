@@ -11,6 +11,7 @@ counted. Columns, in bytes over the floor (each array a pass needs once, each it
 """
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def measure(case: "Case", with_compiled: bool = True) -> list[dict[str, Any]]:
-    """A row a pass. Needs TRITON_INTERPRET=1 set before torch or triton is imported."""
+    """A row a pass: forward and backward, and inference where a product that keeps nothing for a backward moves other
+    bytes. Needs TRITON_INTERPRET=1 set before torch or triton is imported.
+    """
     import torch
 
     from bench.bytes import EagerBytes, compiled_bytes, eager_steps
@@ -30,12 +33,17 @@ def measure(case: "Case", with_compiled: bool = True) -> list[dict[str, Any]]:
     rows = []
     with MemoryTrace() as trace, EagerBytes() as torch_ops:
         output = call.op(*call.inputs)
-    ours = [(trace, torch_ops.bytes)]
+    ours = {"forward": (trace, torch_ops.bytes)}
     if call.backward_bytes is not None:
+        if call.weight_bytes:
+            with MemoryTrace() as trace, EagerBytes() as torch_ops, torch.no_grad():
+                call.op(*call.inputs)
+            if trace.total() != ours["forward"][0].total():
+                ours["inference"] = (trace, torch_ops.bytes)
         grads = [torch.ones_like(t) for t in _outputs(output)]
         with MemoryTrace() as trace, EagerBytes() as torch_ops:
             backward(output, call.inputs, grads)
-        ours.append((trace, torch_ops.bytes))
+        ours["backward"] = (trace, torch_ops.bytes)
     eager = [sum(step.bytes for step in steps) for steps in eager_steps(call)]
     compiled: list[int | None] = [None, None]
     if with_compiled:
@@ -43,7 +51,8 @@ def measure(case: "Case", with_compiled: bool = True) -> list[dict[str, Any]]:
         if call.backward_bytes is not None:
             compiled[1] = compiled_bytes(call.ref, call.inputs, True) - compiled[0]
     floors = (call.forward_bytes, call.backward_bytes)
-    for name, (trace, extra), floor, plain, fused in zip(("forward", "backward"), ours, floors, eager, compiled):
+    for name, (trace, extra) in ours.items():
+        floor, plain, fused = (values[name == "backward"] for values in (floors, eager, compiled))
         total = trace.total()
         rows.append(
             {
@@ -59,8 +68,7 @@ def measure(case: "Case", with_compiled: bool = True) -> list[dict[str, Any]]:
                 "eager": plain,
                 "compiled": fused,
                 "by_argument": {
-                    f"{kernel}.{name}": {"loaded": access.loaded, "stored": access.stored}
-                    for (kernel, name), access in trace.access.items()
+                    f"{kernel}.{argument}": asdict(access) for (kernel, argument), access in trace.access.items()
                 },
             }
         )
