@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nvlm_runtime.encoder import ImageEncoder
+from nvlm_runtime.flight import Flight
 from nvlm_runtime.request import Row
 from nvlm_runtime.sampling import Draw
 from nvlm_runtime.slots import Slots
@@ -35,7 +36,9 @@ class Batch:
         self._cached = [np.zeros((0, 4), np.int64)] * slots.num  # the keys of what each slot's cache holds
         self._versions = [-1] * slots.num  # of the weights that each slot's cache was computed with
         self._filling: list[tuple[int, Iterator[None]]] = []
-        self._positions = [0] * slots.num  # the host's copy of slots.position
+        self._positions = [0] * slots.num  # of slots.position, as far as the host has read
+        self._flight: Flight | None = None  # the step whose tokens the host has not read yet
+        self._landed = 0.0  # when it last read some
 
     @property
     def num_free(self) -> int:
@@ -194,23 +197,41 @@ class Batch:
         row.timings["prefill"] += time.perf_counter() - began
 
     def _step(self) -> list[tuple[Row, str]]:
+        """Launches a step of all rows that may draw one more token, and takes in what it drew; where the stages run
+        ahead, what the step before it drew, so that the device never waits for the host. What a row draws behind its
+        own end is dropped.
+        """
         began = time.perf_counter()
-        decoding = [slot for slot in range(len(self.rows)) if self._decoding(slot)]
-        rows = [self.rows[slot] for slot in decoding]
-        if self.speculate and len(rows) == 1 and (draft := rows[0].draft(self.speculate)):
-            return self._speculate(decoding[0], draft, began)
+        decoding = [(slot, row) for slot, row in enumerate(self.rows) if self._decoding(slot)]
+        if self.speculate and len(decoding) == 1 and (draft := decoding[0][1].draft(self.speculate)):
+            return self._speculate(decoding[0][0], draft, began)
+        before = self._flight
+        under_way = {id(row) for _, row in before.rows} if before else set()
+        due = [(slot, row) for slot, row in decoding if row.limit > len(row.token_ids) + (id(row) in under_way)]
+        flight = self._launch(tuple(due), began) if due else None
+        if self.stages.ahead:
+            self._flight, flight = flight, before
+        return self._land(flight) if flight else []
+
+    def _launch(self, due: tuple[tuple[int, Row], ...], began: float) -> Flight:
         with torch.inference_mode():
             self.stages.step(
                 self.slots,
-                decoding[-1] + 1,
-                max(self._positions[slot] for slot in decoding) + 1,
-                any(row.prepared.layout.cross_length for row in rows),
-                max(Draw.of(row.params) for row in rows),
+                due[-1][0] + 1,
+                max(self._positions[slot] for slot, _ in due) + (2 if self.stages.ahead else 1),
+                any(row.prepared.layout.cross_length for _, row in due),
+                max(Draw.of(row.params) for _, row in due),
             )
-            drawn = self.slots.drawn.tolist()
-        seconds = time.perf_counter() - began
+            return Flight.of(due, began, self.slots.drawn)
+
+    def _land(self, flight: Flight) -> list[tuple[Row, str]]:
+        drawn = flight.tokens()
+        began, self._landed = max(flight.began, self._landed), time.perf_counter()
+        seconds = self._landed - began
         progress = []
-        for slot, row in zip(decoding, rows):
+        for slot, row in flight.rows:
+            if self.rows[slot] is not row:
+                continue  # it has left since
             self._positions[slot] += 1
             row.token_seconds.append(seconds)
             row.timings["decode"] += seconds

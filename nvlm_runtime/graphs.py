@@ -61,6 +61,7 @@ class GraphStages(Stages):
 
     spare = SMALLEST_CHUNK  # a padded chunk ends so far behind a row's slots
     may_look = False
+    ahead = True
 
     def __init__(self, model: NVLMModel, deterministic: bool = False):
         super().__init__(model, deterministic)

@@ -32,6 +32,7 @@ class Stages:
 
     spare = 1  # slots that its buffers need behind their capacity
     may_look = True  # at a value on the device, in the middle of a step
+    ahead = False  # whether a step is launched before the host has read what the last one drew
 
     def __init__(self, model: NVLMModel, deterministic: bool = False, native: Native | None = None):
         self.model = model
