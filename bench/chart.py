@@ -42,7 +42,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axis.fill_between(
                 at, [row["p20"] for row in points], [row["p80"] for row in points], color=colour, alpha=0.2, lw=0
             )
-        floors = sorted({(row["at"], row["limit"]) for row in mine if row.get("limit") is not None})
+        floors = sorted({row["at"]: row["limit"] for row in reversed(mine) if row.get("limit") is not None}.items())
         if floors:
             axis.plot(*zip(*floors), color="black", ls=":", lw=1.2, label="memory's limit")
         _ticks(axis, sorted({row["at"] for row in mine}))

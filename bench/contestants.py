@@ -4,8 +4,9 @@ A contestant answers four questions, each on the clock from outside: `see` a pic
 `steps` behind a context, `steps` of a batch. B rows, T prompt tokens.
 """
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -193,20 +194,32 @@ class Transformers:
         return output.logits[:, -1].argmax(-1)
 
 
-def contestants(engine: NVLM, peers: Sequence[str]) -> dict[str, Contestant]:
-    """By name, in the order they take turns; of a group of ranks ours alone, for the others run whole models.
+def quantized(engine: NVLM, scheme: Mapping[str, str]) -> NVLM:
+    """An engine like another, with weights of its own where the scheme says so and the other's elsewhere."""
+    shared = (*engine.model.parameters(), *engine.model.buffers(), engine.model.group)
+    model = copy.deepcopy(engine.model, {id(one): one for one in shared})
+    return NVLM(model, engine.tokenizer, quantize=scheme)
 
-    ValueError for a peer that is not known or cannot be this model.
+
+def contestants(engine: NVLM, peers: Sequence[str], schemes: Sequence[Mapping[str, str]] = ()) -> dict[str, Contestant]:
+    """By name, in the order they take turns; of a group of ranks ours alone, for the others run whole models. schemes:
+    ours again, each quantised so.
+
+    ValueError for a peer that is not known or cannot be this model, and as `quantize` raises.
     """
     if engine.model.group.size > 1:
-        if peers:
-            raise ValueError("--peers run whole models, not over ranks")
+        if peers or schemes:
+            raise ValueError("--peers and --quantize run whole models, not over ranks")
         return {"ours": Ours(engine)}
     if unknown := set(peers) - {"transformers"}:
         raise ValueError(f"peers must be transformers, got {', '.join(sorted(unknown))}")
     found: dict[str, Contestant] = {"eager": Eager(engine)}
     for name, options in (CONFIGURATIONS | (ON_CUDA if engine.device.type == "cuda" else {})).items():
         found[name] = Ours(NVLM(engine.model, engine.tokenizer, **options))
+    for scheme in schemes:
+        found["ours, " + " ".join(f"{part}={method}" for part, method in scheme.items())] = Ours(
+            quantized(engine, scheme)
+        )
     if peers:
         found["transformers"] = Transformers(engine)
     return found

@@ -33,11 +33,13 @@ from bench.report import RESULTS, setting, table
 from bench.resident import peak_bytes
 from bench.synthetic import SHAPES, synthetic
 from nvlm_runtime import NVLM
+from nvlm_runtime.commands.loading import scheme_of_words
 from nvlm_runtime.config import VARIANTS
 from nvlm_runtime.engine import BUNDLED
 from nvlm_runtime.handle import ImageHandle
 from nvlm_runtime.image import open_image, plan_tiles
 from nvlm_runtime.profile import check_matplotlib
+from nvlm_runtime.quantize import check_scheme
 from nvlm_runtime.ranks import abandon, in_group, join, launch, leave, tell
 from nvlm_runtime.roof import step_bytes
 from nvlm_runtime.slots import cache_bytes
@@ -235,14 +237,15 @@ def measure_variants(engines: dict[str, NVLM], plan: Plan, file: Path | None) ->
     return times.rows()
 
 
-def add_limits(rows: list[dict[str, Any]], engine: NVLM, bandwidth: float) -> None:
-    """What memory allows at each place: `limit` beside every time of text."""
-    reads = step_bytes(engine.model)
+def add_limits(rows: list[dict[str, Any]], players: dict[str, Contestant], bandwidth: float) -> None:
+    """What memory allows at each place: `limit` beside every time of text, by the weights a contestant reads."""
+    reads = {name: step_bytes(player.engine.model) for name, player in players.items()}
     for row in rows:
+        mine = reads[row["contestant"]]
         if row["measure"] == "token_ms" and isinstance(row["at"], int):
-            row["limit"] = 1e3 * reads.total(row["at"]) / bandwidth
+            row["limit"] = 1e3 * mine.total(row["at"]) / bandwidth
         if row["measure"] == "tokens_per_s":
-            row["limit"] = row["at"] * bandwidth / reads.total(BATCH_CONTEXT, rows=row["at"])
+            row["limit"] = row["at"] * bandwidth / mine.total(BATCH_CONTEXT, rows=row["at"])
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -329,6 +332,14 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tp", type=int, metavar="N", help="ours alone, the model split over N processes")
     options.add_argument("--image", type=Path, help="the picture of several tiles (default: noise of 7)")
     options.add_argument("--peers", nargs="*", default=[], metavar="PEER", help="transformers")
+    options.add_argument(
+        "--quantize",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="PART=METHOD",
+        help="ours again, quantised as by `nvlm ask --quantize`; may be repeated",
+    )
     options.add_argument("--contexts", type=int, nargs="+", help=f"default: those of {CONTEXTS} that fit")
     options.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     options.add_argument("--rounds", type=int, default=2, help="turns a contestant takes (default: %(default)s)")
@@ -357,14 +368,17 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--variant belongs to --shape: a checkpoint is what it is")
     if ((args.tp or 1) > 1 or in_group()) and args.shape:
         raise ValueError("--tp splits a checkpoint: give a model, not --shape or --against")
+    for words in args.quantize:
+        check_scheme(scheme_of_words(words))
+    if args.quantize and args.against:
+        raise ValueError("--quantize goes with contestants, not with --against")
     if args.png or (args.results and not args.against):
         check_matplotlib()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """What `main` prints and saves. Raises ValueError where model, ranks and what is asked do not fit together, before
-    anything is measured.
-    """
+    """What `main` prints and saves. Raises ValueError for what does not fit together, before anything is measured."""
+    check(args)
     name = args.model or f"{args.shape}-{args.variant}"
     name = "-against-".join([Path(name).name, *args.against]) if args.against else Path(name).name
     group, device = join(args.device, args.tp)
@@ -395,8 +409,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         is_bundled = args.model and (BUNDLED / args.model).is_dir() and group.size == 1
         bundled = args.model if is_bundled and engine.device.type == "cpu" else None
-        rows = measure(engine, contestants(engine, args.peers), plan, args.image, bundled)
-        add_limits(rows, engine, 1e9 * values["read_gb_per_s"])
+        players = contestants(engine, args.peers, [scheme_of_words(words) for words in args.quantize])
+        rows = measure(engine, players, plan, args.image, bundled)
+        add_limits(rows, players, 1e9 * values["read_gb_per_s"])
     for row in rows:
         row["part"] = part_of(row, bool(args.against))
     result = {"setting": setting(), "dtype": str(engine.dtype).removeprefix("torch."), "card": values}
@@ -419,8 +434,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if int(os.environ.get("RANK", "0")):
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     try:
-        check(args)
         if (args.tp or 1) > 1 and not in_group():
+            check(args)
             return launch(argv, args.tp, "bench.generate")
         result = run(args)
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ def _model_options(parser: argparse.ArgumentParser, model: str | None = "micro-d
     parser.add_argument(
         "--quantize",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PART=METHOD",
         help="vision=int8_dynamic; decoder, cross, head = int8 or int4 weights",
@@ -145,7 +146,9 @@ def _init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the text model's")
     parser.add_argument("--max-tiles", type=int, default=6, help="of a picture, beside its thumbnail")
     parser.add_argument("--cross-every", type=int, metavar="N", help="cross-attention in one layer of N, from layer 0")
-    parser.add_argument("--cross-layers", type=int, nargs="+", metavar="I", help="cross-attention in these layers")
+    parser.add_argument(
+        "--cross-layers", type=int, nargs="+", action="extend", metavar="I", help="cross-attention in these layers"
+    )
     parser.add_argument("--cross-placement", choices=("inside", "before"), help="default: inside the layer")
     parser.add_argument("--cross-ffn", choices=("none", "swiglu", "gelu4x"), help="default: none")
     parser.add_argument("--cross-positions", choices=("none", "sinusoidal"), help="default: sinusoidal")
@@ -210,7 +213,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     _model_options(parser, None)
     _style_option(parser)
     _parallel_options(parser)
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="the benchmark's files, or a folder of them")
+    parser.add_argument(
+        "--data", nargs="+", action="extend", metavar="FILE", help="the benchmark's files, or a folder of them"
+    )
     parser.add_argument("--answers", metavar="FILE", help="vqav2: its annotations")
     parser.add_argument("--images", metavar="FOLDER", help="of the pictures (default: as published, beside the data)")
     parser.add_argument("--limit", type=int, help="ask so many rows: the first ones, or with --seed some at random")
@@ -232,6 +237,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         nargs="+",
+        action="extend",
         required=True,
         metavar="PART=METHOD",
         help="vision=int8_dynamic; decoder, cross, head = int8 or int4 weights",

@@ -65,7 +65,10 @@ def scheme_of_words(entries: Sequence[str]) -> dict[str, str]:
     """`--quantize PART=METHOD ...` as `quantize.quantize` takes it."""
     if wrong := [entry for entry in entries if entry.count("=") != 1]:
         raise ValueError(f"--quantize takes PART=METHOD, got {wrong[0]!r}")
-    return dict(entry.split("=") for entry in entries)
+    pairs = [entry.split("=") for entry in entries]
+    if len({part for part, _ in pairs}) < len(pairs):
+        raise ValueError(f"--quantize takes a part once, got {' '.join(entries)}")
+    return dict(pairs)
 
 
 def sampling_params(args: argparse.Namespace) -> GenerationParams:

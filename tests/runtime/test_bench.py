@@ -17,6 +17,7 @@ from nvlm_runtime.cli import main
 from nvlm_runtime.image import plan_tiles
 from nvlm_runtime.plain import answer, see
 from nvlm_runtime.profile import profile_request, stage_ops
+from nvlm_runtime.quantize import scheme_of
 from nvlm_runtime.roof import step_bytes
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.slots import Slots
@@ -247,6 +248,18 @@ def test_ours_steps_behind_images(micro):
     prepared = micro.prepare("What is the total?", [RECEIPT])
     assert len(list(player.steps_of([prepared, prepared], 3))) == 3
     assert len(list(player.steps(1, 32, 2))) == 2 and len(list(player.steps(1, 32, 2))) == 2
+
+
+def test_a_quantised_contestant_shares_what_it_does_not_change(micro):
+    players = contestants(micro, [], [{"vision": "int8_dynamic", "head": "int8"}])
+    assert list(players) == ["eager", "ours", "ours, vision=int8_dynamic head=int8"]
+    model = players["ours, vision=int8_dynamic head=int8"].engine.model
+    assert scheme_of(model) == {"vision": "int8_dynamic", "head": "int8"} and scheme_of(micro.model) == {}
+    both = dict(micro.model.named_parameters())
+    assert all(parameter is both[name] for name, parameter in model.named_parameters())
+    rows = [{"measure": "token_ms", "at": 9, "contestant": name} for name in players]
+    generate.add_limits(rows, players, 1e9)
+    assert rows[0]["limit"] == rows[1]["limit"] > rows[2]["limit"] > 0
 
 
 def test_the_trace_has_every_stage(capsys, tmp_path):

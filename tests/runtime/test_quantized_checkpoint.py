@@ -124,6 +124,8 @@ def test_the_command(tmp_path, capsys):
     assert main(["ask", "examples/receipt.png", "What is the total?", "--model", str(out)]) == 0
     assert capsys.readouterr().out == "17.40\n"
     assert main(words) == 2 and "is there already" in capsys.readouterr().err
-    assert main([*words[:-1], str(tmp_path / "other"), "--quantize", "decoder=int5"]) == 2
+    other = ["quantize", "micro-x", "--out", str(tmp_path / "other"), "--quantize", "head=int8", "--quantize"]
+    assert main([*other, "decoder=int5"]) == 2
     assert "decoder can be int8, int4, got 'int5'" in capsys.readouterr().err
+    assert main([*other, "head=int4"]) == 2 and "takes a part once" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
