@@ -16,7 +16,7 @@ from tests.runtime.small import small_engine, small_model
 from tests.runtime.test_batch import LARGE, fresh, vars_of
 
 KINDS = {"int8": Int8Linear, "int4": Int4Linear}
-SIZES = [(1, 1), (3, 16), (5, 31), (7, 32), (33, 100), (20, 128), (9, 129), (64, 448), (17, 896)]
+SIZES = [(1, 1), (3, 16), (5, 31), (7, 32), (33, 100), (20, 128), (9, 129), (64, 448), (17, 896), (5, 1200)]
 
 
 @pytest.fixture(scope="module")
