@@ -154,7 +154,7 @@ def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents:
         muon_lr=4e-3,
         warmup=min(200 if is_first else 50, steps - 1),
         rows=sizes.rows or ROWS[variant],
-        shuffled_tiles=0.0 if is_first else 0.5,  # a transcription does not ask which tile is which
+        shuffled_tiles=0.0 if is_first else 0.25,  # a transcription does not ask which tile is which
         seed=seed,
         checkpoint_every=250,
         keep=1,
