@@ -1,6 +1,8 @@
 """Breaks the code by hand, one line at a time, and writes down which test saw it: tests/mutations/README.md.
 
-    python -m tests.mutations [NAME...]        # mutates a copy of the tree; rows of other names are kept
+    python -m tests.mutations [--new] [NAME...]   # mutates a copy of the tree; rows of other names are kept
+
+--new applies only what the table does not have yet.
 
 Every file beside this one lists MUTATIONS: (file, old text, new text, what it breaks). The old text must occur exactly
 once. A mutation counts as caught when one of the file's TESTS (what pytest is told) fails; a file without them is of a
@@ -60,19 +62,24 @@ def caught_by(part: str, tests: Sequence[str] | None, file: str, old: str, new: 
     return f"`{found.group(1)}`"
 
 
-def main(parts: list[str]) -> None:
+def main(words: list[str]) -> None:
+    is_new, parts = "--new" in words, [word for word in words if word != "--new"]
     known = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "__main__"]
     if unknown := set(parts) - set(known):
         raise SystemExit(f"no mutations of {sorted(unknown)}; known: {known}")
     rows = TABLE.read_text().splitlines()[HEAD.count("\n") :] if TABLE.exists() else []
     for part in parts or known:
+        before = {row.rpartition(" | ")[0]: row for row in rows if row.startswith(f"| {part} |")}
         rows = [row for row in rows if not row.startswith(f"| {part} |")]
         listed = importlib.import_module(f"tests.mutations.{part}")
         tests = getattr(listed, "TESTS", None)
         for file, old, new, what in listed.MUTATIONS:
-            row = f"| {part} | {what} | {caught_by(part, tests, file, old, new)} |"
-            print(row, flush=True)
-            rows.append(row)
+            name = f"| {part} | {what}"
+            if is_new and name in before:
+                rows.append(before[name])
+                continue
+            rows.append(f"{name} | {caught_by(part, tests, file, old, new)} |")
+            print(rows[-1], flush=True)
         TABLE.write_text(HEAD + "\n".join(sorted(rows, key=lambda row: row.split(" | ")[0])) + "\n")
 
 
