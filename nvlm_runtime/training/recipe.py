@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 PARTS = ("vision", "projector", "cross", "decoder")
+PRECISIONS = ("float32", "bfloat16")
 BUNDLED = Path(__file__).parent / "recipes"
 
 
@@ -113,8 +114,8 @@ class Recipe:
             raise ValueError(f"recipe: {', '.join(sorted(both))} cannot learn both whole and by adapters")
         if self.variant not in ("d", "x", "h"):
             raise ValueError(f"recipe: variant must be d, x or h, got {self.variant!r}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"recipe: precision must be float32 or bfloat16, got {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"recipe: precision must be {' or '.join(PRECISIONS)}, got {self.precision!r}")
         if self.style not in ("hf", "megatron"):
             raise ValueError(f"recipe: style must be hf or megatron, got {self.style!r}")
         if not self.data:
