@@ -176,7 +176,7 @@ CASES = (
     ),
     _case("swiglu", "text", _swiglu, dict(rows=8192, width=29568), dict(rows=2, width=29568)),
     _case("swiglu", "micro", _swiglu, dict(rows=8192, width=512), dict(rows=32, width=512)),
-    _case("qk_norm", "tower", _qk_norm, TOWER, dict(rows=8, width=3200), dict(rows=8 * 1025, width=200)),
+    _case("qk_norm", "tower", _qk_norm, TOWER, dict(rows=8, width=3200), dict(rows=16 * 1025, width=100)),
     _case("qk_norm", "micro", _qk_norm, dict(rows=455, width=160), dict(rows=64, width=160), MANY | dict(width=160)),
     _case("qk_sum_squares", "rank", _qk_sum_squares, dict(rows=7 * 1025, width=640), dict(rows=65, width=640)),
     _case(
@@ -185,7 +185,7 @@ CASES = (
         _qk_norm_from_sums,
         dict(rows=7 * 1025, width=640, ranks=5),
         dict(rows=65, width=640, ranks=5),
-        dict(rows=8 * 1025, width=128, ranks=5),
+        dict(rows=16 * 1025, width=64, ranks=5),
     ),
     _case("rotary", "text", _rotary, dict(batch=2, tokens=4096, **TEXT_HEADS), dict(batch=1, tokens=4, **TEXT_HEADS)),
     _case(

@@ -100,9 +100,9 @@ def bwd_kernel(
 
 
 def tile(width: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program: 4096 elements of narrow rows, or one wide row, 8 a lane of AMD's 64."""
+    """Rows, columns and warps of a program: 8192 elements of narrow rows, or one wide row, 8 a lane of AMD's 64."""
     columns = triton.next_power_of_2(width)
-    rows = max(1, 4096 // columns)
+    rows = max(1, 8192 // columns)
     return rows, columns, min(max(rows * columns // 512, 1), 16)
 
 

@@ -24,7 +24,8 @@ from torch.library import wrap_triton
 
 from nvlm_kernels._backend import triton_op, use_triton
 
-BLOCK = 2048  # elements of each half; 8 a lane, a 16-byte load in bf16, with 4 warps of AMD's 64 lanes
+BLOCK = 4096  # elements of each half: with 64 heads of 128, a token's angles are read by two or three programs
+WARPS = 8  # 8 elements a lane of AMD's 64, a 16-byte load in bf16
 
 
 def rotary_ref(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -171,9 +172,9 @@ def _cache_kernel(
     tl.store(to_v + HALF, second, mask=mask & is_v)
 
 
-def _tile(half: int) -> tuple[int, int]:
+def _tile(half: int) -> dict[str, int]:
     columns = triton.next_power_of_2(half)
-    return max(1, BLOCK // columns), columns
+    return {"HALF": half, "ROWS": max(1, BLOCK // columns), "BLOCK_D": columns, "num_warps": WARPS}
 
 
 @triton_op("nvlm::rotary", mutates_args=())
@@ -183,9 +184,9 @@ def _fwd(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: in
     k = qkv.new_empty(batch, length, num_kv_heads, size)
     if qkv.numel():
         tokens = batch * length
-        rows, columns = _tile(size // 2)
-        wrap_triton(_fwd_kernel)[(triton.cdiv(tokens * (num_heads + num_kv_heads), rows),)](
-            qkv, cos, sin, q, k, tokens, H=num_heads, HKV=num_kv_heads, HALF=size // 2, ROWS=rows, BLOCK_D=columns
+        tile = _tile(size // 2)
+        wrap_triton(_fwd_kernel)[(triton.cdiv(tokens * (num_heads + num_kv_heads), tile["ROWS"]),)](
+            qkv, cos, sin, q, k, tokens, H=num_heads, HKV=num_kv_heads, **tile
         )
     return q, k
 
@@ -197,9 +198,9 @@ def _bwd(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dqkv = dq.new_empty(batch, length, (num_heads + 2 * num_kv_heads) * size)
     if dqkv.numel():
         tokens = batch * length
-        rows, columns = _tile(size // 2)
-        wrap_triton(_bwd_kernel)[(triton.cdiv(tokens * (num_heads + 2 * num_kv_heads), rows),)](
-            dq, dk, cos, sin, dqkv, tokens, H=num_heads, HKV=num_kv_heads, HALF=size // 2, ROWS=rows, BLOCK_D=columns
+        tile = _tile(size // 2)
+        wrap_triton(_bwd_kernel)[(triton.cdiv(tokens * (num_heads + 2 * num_kv_heads), tile["ROWS"]),)](
+            dq, dk, cos, sin, dqkv, tokens, H=num_heads, HKV=num_kv_heads, **tile
         )
     return dqkv
 
@@ -213,8 +214,8 @@ def _cache(
     if qkv.numel():
         num_slots, num_kv_heads = k_cache.shape[1:3]
         tokens = batch * length
-        rows, columns = _tile(size // 2)
-        wrap_triton(_cache_kernel)[(triton.cdiv(tokens * (num_heads + 2 * num_kv_heads), rows),)](
+        tile = _tile(size // 2)
+        wrap_triton(_cache_kernel)[(triton.cdiv(tokens * (num_heads + 2 * num_kv_heads), tile["ROWS"]),)](
             qkv,
             cos,
             sin,
@@ -229,9 +230,7 @@ def _cache(
             *v_cache.stride()[:3],
             H=num_heads,
             HKV=num_kv_heads,
-            HALF=size // 2,
-            ROWS=rows,
-            BLOCK_D=columns,
+            **tile,
         )
     return q
 

@@ -13,14 +13,16 @@ from nvlm_kernels.ops.qk_norm import (
     qk_sum_squares,
     qk_sum_squares_ref,
 )
+from nvlm_kernels.ops.rms_norm import tile
 from tests.util import check_op, planted
 
 EPS = 1e-6
+ROWS = tile(192)[0]  # of a program
 ROWS_AND_WIDTH = [
     ((1,), 1),
     ((2, 9), 160),
-    ((16,), 192),
-    ((17,), 192),
+    ((ROWS,), 192),
+    ((ROWS + 1,), 192),
     ((2,), 3200),
     ((), 100),
     ((3,), 257),
@@ -65,9 +67,9 @@ def test_small_rows(eps, dtype, device):
 
 
 def test_programs_of_several_blocks(dtype, device, monkeypatch):
-    """Backward: 5 blocks of 16 rows in 2 programs, the last block not full."""
+    """Backward: 5 blocks of rows in 2 programs, the last block not full."""
     monkeypatch.setattr("nvlm_kernels.ops.qk_norm.PARTIALS", 2)
-    qkv, q_weight, k_weight = _inputs((70,), 192, dtype, device)
+    qkv, q_weight, k_weight = _inputs((4 * ROWS + 6,), 192, dtype, device)
     check_op(qk_norm, qk_norm_ref, qkv, q_weight, k_weight, EPS)
     check_op(qk_norm_from_sums, qk_norm_from_sums_ref, qkv, _sums_of(qkv), 192, q_weight, k_weight, EPS)
 
@@ -143,7 +145,7 @@ def test_rounds_before_the_weight(op, device):
 def test_bytes(memory, dtype):
     if memory is None:
         pytest.skip("counted in the interpreter")
-    qkv, q_weight, k_weight = (t.requires_grad_() for t in _inputs((40,), 192, dtype, "cpu"))
+    qkv, q_weight, k_weight = (t.requires_grad_() for t in _inputs((2 * ROWS + 8,), 192, dtype, "cpu"))
     third = qkv.nbytes // 3
     q, k = qk_norm(qkv, q_weight, k_weight, EPS)
     assert memory.access["_fwd_kernel", "qkv_ptr"].loaded == 2 * third
@@ -154,10 +156,10 @@ def test_bytes(memory, dtype):
     assert memory.access["_bwd_kernel", "dk_ptr"].loaded == third
     assert memory.access["_bwd_kernel", "dqkv_ptr"].stored == 3 * third
     for name in ("dq_weight_ptr", "dk_weight_ptr"):
-        assert memory.access["_bwd_kernel", name].stored == 3 * 192 * 4  # 16 rows a program
+        assert memory.access["_bwd_kernel", name].stored == 3 * 192 * 4  # of three programs
     qk_sum_squares(qkv)
     assert memory.access["_sums_kernel", "qkv_ptr"].loaded == 2 * third
-    assert memory.access["_sums_kernel", "sums_ptr"].stored == 40 * 2 * 4
+    assert memory.access["_sums_kernel", "sums_ptr"].stored == (2 * ROWS + 8) * 2 * 4
 
 
 ONE = torch.ones(2)

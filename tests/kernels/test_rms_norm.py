@@ -2,15 +2,16 @@ import pytest
 import torch
 
 from nvlm_kernels._backend import use_triton
-from nvlm_kernels.ops.rms_norm import _fwd, rms_norm, rms_norm_ref
+from nvlm_kernels.ops.rms_norm import _fwd, rms_norm, rms_norm_ref, tile
 from tests.util import check_op, planted
 
 EPS = 1e-6
+ROWS = tile(192)[0]  # of a program
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1), (1, 257), (2, 17, 192), (1, 16, 192), (2, 3200), (3, 8192), (100,), (2, 0, 8)],
+    [(1, 1), (1, 257), (1, ROWS + 1, 192), (1, ROWS, 192), (2, 3200), (3, 8192), (100,), (2, 0, 8)],
     ids=str,
 )
 def test_matches_reference(shape, dtype, device):
@@ -26,9 +27,9 @@ def test_small_and_large_rows(scale, eps, dtype, device):
 
 
 def test_programs_of_several_blocks(dtype, device, monkeypatch):
-    """Backward: 5 blocks of 16 rows in 2 programs, the last block not full."""
+    """Backward: 5 blocks of rows in 2 programs, the last block not full."""
     monkeypatch.setattr("nvlm_kernels.ops.rms_norm.PARTIALS", 2)
-    x, weight = torch.randn(70, 192, dtype=dtype, device=device), torch.randn(192, dtype=dtype, device=device)
+    x, weight = torch.randn(4 * ROWS + 6, 192, dtype=dtype, device=device), torch.randn(192, dtype=dtype, device=device)
     check_op(rms_norm, rms_norm_ref, x, weight, EPS)
 
 
@@ -63,7 +64,8 @@ def test_rows_do_not_meet(dtype, device):
 def test_bytes(memory, dtype):
     if memory is None:
         pytest.skip("counted in the interpreter")
-    x, weight = torch.randn(40, 192, dtype=dtype, requires_grad=True), torch.randn(192, dtype=dtype, requires_grad=True)
+    x = torch.randn(2 * ROWS + 8, 192, dtype=dtype, requires_grad=True)
+    weight = torch.randn(192, dtype=dtype, requires_grad=True)
     y = rms_norm(x, weight, EPS)
     assert memory.access["fwd_kernel", "x_ptr"].loaded == x.nbytes
     assert memory.access["fwd_kernel", "y_ptr"].stored == x.nbytes
@@ -73,7 +75,7 @@ def test_bytes(memory, dtype):
     for name in ("x_ptr", "dy_ptr"):
         assert memory.access["bwd_kernel", name].loaded == x.nbytes
     assert memory.access["bwd_kernel", "dx_ptr"].stored == x.nbytes
-    assert memory.access["bwd_kernel", "dweight_ptr"].stored == 3 * 192 * 4  # 16 rows a program
+    assert memory.access["bwd_kernel", "dweight_ptr"].stored == 3 * 192 * 4  # of three programs
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_strided_input(dtype, device):
 def test_bytes(memory, dtype):
     if memory is None:
         pytest.skip("counted in the interpreter")
-    qkv, cos, sin = _inputs(1, 30, 6, 3, 32, dtype, "cpu")
+    qkv, cos, sin = _inputs(1, 58, 6, 3, 32, dtype, "cpu")
     q, k = rotary(qkv.requires_grad_(), cos, sin, 6, 3)
     moved = memory.total()
     assert moved.unique_loaded == qkv.nbytes * 9 // 12 + 2 * cos.nbytes

@@ -20,9 +20,9 @@ KEEPS_NOTHING = {
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_bytes(case, monkeypatch):
-    """An address counted once a launch. Streaming kernels: 1.02 of the floor. Attention: 1.5 of it, as splits leave
-    partial sums, and 1.15 of the image keys and values. Products: less than eager; pixel shuffle in one product, with
-    nothing kept for a backward, half of eager's activations.
+    """Streaming kernels: 1.02 of the floor, every load counted. The others with an address counted once a launch:
+    attention 1.5 of the floor, as splits leave partial sums, and 1.15 of the image keys and values; products less than
+    eager; pixel shuffle in one product, with nothing kept for a backward, half of eager's activations.
     """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     rows = measure(case, with_compiled=False)
@@ -38,7 +38,7 @@ def test_bytes(case, monkeypatch):
             continue
         assert row["memory"] < row["eager"], what
         if case.kind == "stream" and case.op != "pixel_shuffle_project":  # which hands its product to the vendor
-            assert row["memory"] <= 1.02 * row["floor"], what
+            assert row["moved"] <= 1.02 * row["floor"], what
     if case.id in KEEPS_NOTHING:
         (row,) = (row for row in rows if row["pass"] == KEEPS_NOTHING[case.id])
         assert row["memory"] - row["weights"] <= 0.5 * (row["eager"] - row["weights"]), row

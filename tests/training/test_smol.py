@@ -34,9 +34,8 @@ def test_the_text_model_is_not_changed_by_a_bit(text, tmp_path, monkeypatch, cap
     assert [recipe.out.rpartition("/")[2] for recipe in told] == ["pretraining", "fine-tuning", "fine-tuning"]
     assert smol.main([*words(text, tmp_path, "h"), "--precision", "bfloat16"]) == 0
     rows = json.loads((tmp_path / "smol.json").read_text())["rows"]
-    assert [(row["variant"], row["precision"]) for row in rows] == [("x", "float32"), ("h", "bfloat16")] and all(
-        row["samples"] == 3 for row in rows
-    )
+    assert [(row["variant"], row["precision"]) for row in rows] == [("x", "float32"), ("h", "bfloat16")]
+    assert all(row["samples"] == 3 for row in rows)
     assert all(sum(asked for asked, _ in row["kinds"].values()) == 3 for row in rows)
     shown = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split()[:3] for line in shown] == [[f"NVLM-{v}", f"{r['trained']:,}", "4"] for v, r in zip("XH", rows)]
@@ -44,9 +43,8 @@ def test_the_text_model_is_not_changed_by_a_bit(text, tmp_path, monkeypatch, cap
         before, after = (load_file(tmp_path / variant / s / "model.safetensors") for s in ("beginning", "fine-tuning"))
         learnt = {name for name in before if not before[name].to(after[name].dtype).equal(after[name])}
         assert learnt and all(".cross_attn." in name or name.startswith("mlp1.") for name in learnt)
-        assert variant == "h" or all(
-            name in learnt for name in before if name.endswith(".gate")
-        )  # moves bfloat16 drops
+        gates = {name for name in before if name.endswith(".gate")}
+        assert gates <= learnt or variant == "h"  # so few steps may be lost in bfloat16's rounding
 
 
 def test_bad_words(text, tmp_path, capsys):
