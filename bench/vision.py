@@ -2,7 +2,7 @@
 
 InternViT-300M's shape (24 layers unless --layers says else), 1,025 tokens, random weights, one tile. The GEMM rates,
 the contestants and the peer take turns in one process; medians over --rounds with 20th and 80th percentile. "eager" is
-this tower with torch's attention and linears in the inputs' dtype. Share: the tower's flops at the rate of bf16 4096^3,
+this tower with torch's attention and linears in the inputs' dtype; the others take the native attention. Share: the tower's flops at the rate of bf16 4096^3,
 over its time. Error: root mean square against the same weights in fp64, as a share of the output's.
 """
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.report import table, write
+from nvlm_kernels.native import library
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.presets import INTERNVIT_300M
@@ -112,8 +113,11 @@ def main() -> None:
     bf16 = InternViT(config).bfloat16().eval()
     int8, pixels = copy.deepcopy(bf16), torch.randn(1, 3, 448, 448).bfloat16()
     quantize(int8, {"vision": "int8_dynamic"})
-    plain = eager(bf16)
+    plain, found = eager(bf16), library()
     replace_linears(bf16)
+    for tower in (bf16, int8):
+        for block in tower.encoder.layers:
+            block.attn.native = found
     towers = {"eager bf16": plain, "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}
     calls = {name: partial(tower, pixels.to(tower.embeddings.class_embedding.dtype)) for name, tower in towers.items()}
     work = {name: flops(config) for name in calls}

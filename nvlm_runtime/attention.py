@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvlm_kernels import MAX_DECODE_TOKENS, decode_attention, rotary, rotary_cache, tile_attention
+from nvlm_kernels.native import Native
+from nvlm_runtime import native_attention
 from nvlm_runtime.cache import KVCache
 from nvlm_runtime.linear import computes_in_fp32
 
-Attention = Literal["sdpa", "flash"]
+Attention = Literal["sdpa", "flash"] | Native
 Documents = Sequence[Sequence[tuple[int, int]]]  # spans of a row's tokens, from 0 on without a gap, a row
 
 
@@ -42,7 +44,8 @@ class Past:
 
     positions: [B, T], growing along a row. A call without a cache, and a whole prompt, are plainly causal: torch's
     attention, or flash-attn where `attention` says so. A few tokens behind a cache (decoding) go through
-    `decode_attention`; more of them through torch's attention with a mask, bool [B, 1, T, S].
+    `decode_attention`; more of them through torch's attention with a mask. Where `attention` is a library of
+    `nvlm_kernels.native`, prompts on a CPU go through its attention.
     """
 
     def __init__(self, cache: KVCache | None, positions: Tensor, visible: int, attention: Attention):
@@ -53,12 +56,11 @@ class Past:
         self.layer = 0
         num_tokens = positions.shape[1]
         self.is_causal = cache is None or visible == num_tokens
-        self.lengths = self.mask = None
+        self.lengths = self.mask = None  # slot s holds position s
         if not self.is_causal and num_tokens <= MAX_DECODE_TOKENS:
-            self.lengths = (positions[:, -1] + 1).clamp(max=visible)  # slot s holds position s; rows at rest see all
-        elif not self.is_causal:
-            slots = torch.arange(visible, device=positions.device)
-            self.mask = (slots <= positions[..., None])[:, None]
+            self.lengths = (positions[:, -1] + 1).clamp(max=visible)  # rows at rest see all
+        elif isinstance(attention, Native):
+            self.intervals = torch.stack([torch.zeros_like(positions), positions + 1], -1)  # [B, T, 2]
 
     def attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
         """qkv: [B, T, (H + 2 Hkv) * D], not rotated. Returns [B, T, H, D]. A cache moves on to its next layer."""
@@ -74,6 +76,11 @@ class Past:
             return decode_attention(q, k, v, self.lengths)
         if self.is_causal and self.attention == "flash":
             return flash_attention()(q, k, v, causal=True)
+        if isinstance(self.attention, Native) and native_attention.takes(self.attention, q):
+            return native_attention.attend(self.attention, q, k, v, self.intervals)
+        if not self.is_causal and self.mask is None:
+            slots = torch.arange(self.visible, device=q.device)
+            self.mask = (slots <= self.positions[..., None])[:, None]  # bool [B, 1, T, S]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D], [B, Hkv, S, D]
         if computes_in_fp32(q):
             q, k, v = q.float(), k.float(), v.float()

@@ -32,6 +32,7 @@ from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.lora import load_lora, merge_lora
 from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.native import use_attention
 from nvlm_runtime.parallel import SOLO, Group, VisionSplit
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
@@ -101,12 +102,13 @@ class NVLM:
     chunk: prompt tokens read at a time. image_cache_bytes: of handles of the pictures seen last. reuse: a prompt that
     begins as the last one did, text and images, starts from its keys and values. deterministic: an answer's bits do not
     depend on what else runs or ran, at the price of batching and of reuse. graphs: static stages only, captured into
-    CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way. native: decode on a CPU
-    by the C++ step, built at first use and kept in `cache_folder` (the user's cache where it is None); None is yes
-    where the model is on a CPU in float32 or bfloat16 and a compiler is there. quantize: parts to methods, in place,
-    as `quantize.quantize` takes them. check: every layer is looked at, and a value that is not finite is an error that
-    names the first one to give it; slow. speculate: tokens that a request which decodes alone drafts a step from its
-    own words (`ngram`): the same answer in fewer steps where it repeats them, slower steps where a draft is wrong.
+    CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way. native: attention and
+    decoding on a CPU in C++, built at first use and kept in `cache_folder` (the user's cache where it is None); None is
+    yes where the model is on a CPU in float32 or bfloat16 and a compiler is there. quantize: parts to methods, in
+    place, as `quantize.quantize` takes them. check: every layer is looked at, and a value that is not finite is an
+    error that names the first one to give it; slow. speculate: tokens that a request which decodes alone drafts a step
+    from its own words (`ngram`): the same answer in fewer steps where it repeats them, slower steps where a draft is
+    wrong.
     Raises ValueError where native decoding is asked for and cannot be, BuildError where its compiler fails.
     """
 
@@ -155,6 +157,7 @@ class NVLM:
         self.template = template
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             replace_linears(model)
+        use_attention(model, found)
         self._reads = step_bytes(model)
         self.chunk = chunk
         self.reuse = reuse and not deterministic

@@ -1,4 +1,4 @@
-"""The decoder's step as one native call on a CPU, at the memory's speed.
+"""What a CPU computes natively: attention of prompts and tiles, and the decoder's step, one call at the memory's speed.
 
 Weights are read where the model holds them; norms, biases and gates, which are small, are copied to fp32, so a decoder
 whose weights change needs a new `NativeDecoder`. Activations stay in fp32 from the embedding to the logits: it rounds
@@ -16,10 +16,22 @@ from nvlm_kernels import native
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.cross import GatedCrossAttention
 from nvlm_runtime.decoder import Decoder, Layer
+from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.weight_only import Int4Linear, Int8Linear
 
 KINDS = {torch.float32: native.KIND_F32, torch.bfloat16: native.KIND_BF16}
 FFNS = {"none": 0, "swiglu": 1, "gelu4x": 2}
+
+
+def use_attention(model: NVLMModel, library: native.Native | None) -> None:
+    """Lets prompts and tiles go through the library's attention where the CPU has it (`native_attention.takes`), or, of
+    no library, through what they went before.
+    """
+    decoder = model.language_model
+    if library is not None or isinstance(decoder.attention, native.Native):
+        decoder.attention = library or "sdpa"
+    for block in model.vision_model.encoder.layers:
+        block.attn.native = library
 
 
 class NativeDecoder:

@@ -79,6 +79,7 @@ class PlainRows:
     def __init__(self, model: NVLMModel, batch: int, capacity: int, vocab_size: int):
         weight = model.language_model.embed_tokens.weight
         self.decoder, self.vocab_size = plain_twin(model.language_model), vocab_size
+        self.decoder.attention = "sdpa"
         self.cache = KVCache.allocate(model.config.text, batch, capacity, weight.device, weight.dtype)
         self.token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.length = 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_kernels import add_rms_norm, layer_scale_residual, qk_norm, qk_norm_from_sums, qk_sum_squares, rms_norm
+from nvlm_kernels.native import Native
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.parallel import SOLO, Group, VisionShard
 from nvlm_runtime.vision_attention import attend
@@ -83,6 +84,7 @@ class Attention(nn.Module):
         size, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.group, self.width = group, size
         self.num_heads = config.num_attention_heads
+        self.native: Native | None = None  # the library whose attention a CPU takes
         self.qkv = nn.Linear(size, 3 * inner, bias=config.qkv_bias)
         self.proj = nn.Linear(inner, size)
         self.qk_normalization = config.qk_normalization
@@ -96,7 +98,7 @@ class Attention(nn.Module):
         if self.qk_normalization:
             q, k = self._norm(qkv)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, H, P, D]
-        return end_block(self.proj, attend(q, k, v), self.group)
+        return end_block(self.proj, attend(q, k, v, self.native), self.group)
 
     def _norm(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         weights = self.q_norm.weight, self.k_norm.weight

@@ -2,7 +2,8 @@
 
 N tiles, P tokens a tile, H heads, D head_dim.
 
-On a CUDA device, in fp32, under autograd and for short tiles: torch's attention in the inputs' dtype. For bf16 tiles
+A CPU that has it takes the native attention (`native_attention`). Without it, on a CUDA device, in fp32, under autograd
+and for short tiles: torch's attention in the inputs' dtype. For bf16 tiles
 of 256 tokens or more on a CPU without AMX: torch's attention in fp32, rounded once at the end. The bf16 product there
 is `vdpbf16ps`; the core measured issues a quarter as many of it as of fp32's multiply-add (1.63 against 6.69 G a
 second: 104 against 214 GFLOP/s). With 2 threads of that AVX512 core, medians of 9, ms, casts and copies included:
@@ -24,11 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvlm_kernels.native import Native
+from nvlm_runtime import native_attention
+
 MIN_TOKENS = 256  # measured: 257 tokens gain, 65 lose
 
 
 def computes_in_fp32(q: Tensor) -> bool:
-    """Whether `attend` computes q's attention in fp32. q: [N, H, P, D]."""
+    """Whether `attend` computes q's attention by torch's in fp32. q: [N, H, P, D]."""
     return (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
@@ -38,8 +42,10 @@ def computes_in_fp32(q: Tensor) -> bool:
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, library: Native | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v. q, k, v: [N, H, P, D] of any strides. Returns [N, P, H * D] in their dtype."""
+    if native_attention.takes(library, q):
+        return native_attention.attend(library, *(t.transpose(1, 2) for t in (q, k, v)), None).flatten(2)
     if not computes_in_fp32(q):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     # torch's kernel walks a head's rows: packing them is one pass with the cast

@@ -1,5 +1,6 @@
-"""The decoding step in C++, for CPUs: built by the machine's own compiler when it is first asked for."""
+"""The decoding step and attention in C++, for CPUs: built by the machine's own compiler when it is first asked for."""
 
+from nvlm_kernels.native.attention import MAX_HEAD_DIM, native_attention
 from nvlm_kernels.native.library import (
     BLOCK,
     GROUP,
@@ -25,6 +26,7 @@ __all__ = [
     "KIND_F32",
     "KIND_INT4",
     "KIND_INT8",
+    "MAX_HEAD_DIM",
     "BuildError",
     "Cache",
     "Layer",
@@ -34,4 +36,5 @@ __all__ = [
     "Step",
     "is_default",
     "library",
+    "native_attention",
 ]

@@ -1,4 +1,4 @@
-"""Builds decode.cpp with the machine's compiler, once, and loads it.
+"""Builds the C++ beside it with the machine's compiler, once, and loads it.
 
 The library is kept in a folder under a name that is the hash of everything it came from: source, compiler, flags and
 the CPU it was built for. It is loaded only if its bytes are still those that were built. torch has loaded its OpenMP
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nvlm_kernels import _backend
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("decode.cpp", "attention.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
 
@@ -115,6 +115,15 @@ class Native:
     path: Path
     built: bool
 
+    @property
+    def attention(self) -> int:
+        """Of `native_attention` on this CPU: 0 there is none, 1 products in fp32, 2 in bf16 too."""
+        return self.dll.nvlm_attention_level()
+
+    def __deepcopy__(self, memo: dict) -> "Native":
+        """A copy of a model has the same library."""
+        return self
+
 
 def default_folder() -> Path:
     """Where libraries are kept unless another folder is named: the user's cache."""
@@ -143,9 +152,9 @@ def library(folder: Path | None = None) -> Native:
             "it (native=False, --no-compile)"
         )
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (SOURCE.read_bytes(), version, repr(FLAGS), _cpu())
+    parts = (*(source.read_bytes() for source in SOURCES), version, repr(FLAGS), _cpu())
     name = hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:24]
-    path = folder / f"decode-{name}.so"
+    path = folder / f"native-{name}.so"
     built = not _is_whole(path)
     if built:
         _build(compiler, path)
@@ -173,10 +182,11 @@ def _build(compiler: str, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         target = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(target)]
+        command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise BuildError(f"{compiler} could not build {SOURCE.name}: {done.stderr.strip()[-2000:]}")
+            names = " and ".join(source.name for source in SOURCES)
+            raise BuildError(f"{compiler} could not build {names}: {done.stderr.strip()[-2000:]}")
         digest = Path(folder) / "digest"
         digest.write_text(hashlib.sha256(target.read_bytes()).hexdigest())
         os.replace(target, path)
@@ -189,4 +199,7 @@ def _declare(dll: ctypes.CDLL) -> ctypes.CDLL:
     dll.nvlm_linear.argtypes = [POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_int64]
     dll.nvlm_linear.restype = None
     dll.nvlm_read.argtypes, dll.nvlm_read.restype = [c_void_p, c_int64, c_int64], c_float
+    dll.nvlm_attention_level.argtypes, dll.nvlm_attention_level.restype = [], c_int32
+    dll.nvlm_attention_room.argtypes, dll.nvlm_attention_room.restype = [c_void_p], c_int64
+    dll.nvlm_attention.argtypes, dll.nvlm_attention.restype = [c_void_p, c_int64], None
     return dll
