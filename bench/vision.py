@@ -2,8 +2,9 @@
 
 InternViT-300M's shape (24 layers unless --layers says else), 1,025 tokens, random weights, one tile. The GEMM rates,
 the contestants and the peer take turns in one process; medians over --rounds with 20th and 80th percentile. "eager" is
-this tower with torch's attention and linears in the inputs' dtype; the others take the native attention. Share: the tower's flops at the rate of bf16 4096^3,
-over its time. Error: root mean square against the same weights in fp64, as a share of the output's.
+this tower with torch's attention and linears in the inputs' dtype; the others take the native attention. Share: the
+tower's flops at the rate of bf16 4096^3, over its time. Error: root mean square against the same weights in fp64, as a
+share of the output's.
 """
 
 import argparse
