@@ -85,6 +85,15 @@ def test_matches_torchs(library, shape, precision, seen):
         assert (ours(q, k, v)[empty] == 0).all()
 
 
+@torch.no_grad()
+def test_in_fp32_is_rounded_once(library):
+    q, k, v = heads(1, 200, 300, 3, 1, 64, torch.bfloat16)
+    exact = eager(q.double(), k.double(), v.double())
+    bound = exact.abs() * 2**-8 + 1e-5  # half an ulp, and fp32's own error
+    assert ((native_attention(library, q, k, v, in_fp32=True) - exact).abs() <= bound).all()
+    assert library.attention == 1 or not ((native_attention(library, q, k, v) - exact).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 in fp32"])
 @torch.no_grad()
 def test_large_scores_and_far_apart(library, precision):
