@@ -2,7 +2,7 @@
 
 InternViT-300M's shape (24 layers unless --layers says else), 1,025 tokens, random weights, one tile. The GEMM rates,
 the contestants and the peer take turns in one process; medians over --rounds with 20th and 80th percentile. "eager" is
-this tower with torch's attention and linears in the inputs' dtype; the others take the native attention. Share: the
+this tower with torch's attention and linears in the inputs' dtype; the others take what is native. Share: the
 tower's flops at the rate of bf16 4096^3, over its time. Error: root mean square against the same weights in fp64, as a
 share of the output's.
 """
@@ -25,6 +25,7 @@ from bench.report import table, write
 from nvlm_kernels.native import library
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.linear import replace_linears
+from nvlm_runtime.native import use_library
 from nvlm_runtime.presets import INTERNVIT_300M
 from nvlm_runtime.quantize import quantize
 from nvlm_runtime.vision import Attention, InternViT
@@ -117,8 +118,7 @@ def main() -> None:
     plain, found = eager(bf16), library()
     replace_linears(bf16)
     for tower in (bf16, int8):
-        for block in tower.encoder.layers:
-            block.attn.native = found
+        use_library(tower, found)
     towers = {"eager bf16": plain, "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}
     calls = {name: partial(tower, pixels.to(tower.embeddings.class_embedding.dtype)) for name, tower in towers.items()}
     work = {name: flops(config) for name in calls}

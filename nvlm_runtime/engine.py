@@ -32,7 +32,7 @@ from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.lora import load_lora, merge_lora
 from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.native import use_attention
+from nvlm_runtime.native import use_library
 from nvlm_runtime.parallel import SOLO, Group, VisionSplit
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
@@ -157,7 +157,7 @@ class NVLM:
         self.template = template
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             replace_linears(model)
-        use_attention(model, found)
+        use_library(model, found)
         self._reads = step_bytes(model)
         self.chunk = chunk
         self.reuse = reuse and not deterministic

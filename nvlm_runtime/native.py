@@ -1,4 +1,5 @@
-"""What a CPU computes natively: attention of prompts and tiles, and the decoder's step, one call at the memory's speed.
+"""What a CPU computes natively: attention of prompts and tiles, int8 tiles, and the decoder's step in one call, at
+the memory's speed.
 
 Weights are read where the model holds them; norms, biases and gates, which are small, are copied to fp32, so a decoder
 whose weights change needs a new `NativeDecoder`. Activations stay in fp32 from the embedding to the logits: it rounds
@@ -16,22 +17,23 @@ from nvlm_kernels import native
 from nvlm_runtime.cache import CrossKV, KVCache
 from nvlm_runtime.cross import GatedCrossAttention
 from nvlm_runtime.decoder import Decoder, Layer
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.quantize import Int8DynamicLinear
+from nvlm_runtime.vision import Attention
 from nvlm_runtime.weight_only import Int4Linear, Int8Linear
 
 KINDS = {torch.float32: native.KIND_F32, torch.bfloat16: native.KIND_BF16}
 FFNS = {"none": 0, "swiglu": 1, "gelu4x": 2}
 
 
-def use_attention(model: NVLMModel, library: native.Native | None) -> None:
-    """Lets prompts and tiles go through the library's attention where the CPU has it (`native_attention.takes`), or, of
-    no library, through what they went before.
+def use_library(model: nn.Module, library: native.Native | None) -> None:
+    """Lets prompts and tiles go through the library's attention where the CPU has it (`native_attention.takes`), and
+    int8 products through its passes; of no library, through what they went before. model: or a tower alone.
     """
-    decoder = model.language_model
-    if library is not None or isinstance(decoder.attention, native.Native):
-        decoder.attention = library or "sdpa"
-    for block in model.vision_model.encoder.layers:
-        block.attn.native = library
+    for module in model.modules():
+        if isinstance(module, Attention | Int8DynamicLinear):
+            module.native = library
+        elif isinstance(module, Decoder) and (library is not None or isinstance(module.attention, native.Native)):
+            module.attention = library or "sdpa"
 
 
 class NativeDecoder:

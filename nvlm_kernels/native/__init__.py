@@ -1,6 +1,9 @@
-"""The decoding step and attention in C++, for CPUs: built by the machine's own compiler when it is first asked for."""
+"""What a CPU runs in C++: the decoding step, attention, the passes around int8 products. Built by the machine's own
+compiler when it is first asked for.
+"""
 
 from nvlm_kernels.native.attention import MAX_HEAD_DIM, native_attention
+from nvlm_kernels.native.int8 import quantize_rows, scale_products
 from nvlm_kernels.native.library import (
     BLOCK,
     GROUP,
@@ -37,4 +40,6 @@ __all__ = [
     "is_default",
     "library",
     "native_attention",
+    "quantize_rows",
+    "scale_products",
 ]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nvlm_kernels import _backend
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("decode.cpp", "attention.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("decode.cpp", "attention.cpp", "int8.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
 
@@ -185,7 +185,7 @@ def _build(compiler: str, path: Path) -> None:
         command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            names = " and ".join(source.name for source in SOURCES)
+            names = ", ".join(source.name for source in SOURCES)
             raise BuildError(f"{compiler} could not build {names}: {done.stderr.strip()[-2000:]}")
         digest = Path(folder) / "digest"
         digest.write_text(hashlib.sha256(target.read_bytes()).hexdigest())
@@ -202,4 +202,7 @@ def _declare(dll: ctypes.CDLL) -> ctypes.CDLL:
     dll.nvlm_attention_level.argtypes, dll.nvlm_attention_level.restype = [], c_int32
     dll.nvlm_attention_room.argtypes, dll.nvlm_attention_room.restype = [c_void_p], c_int64
     dll.nvlm_attention.argtypes, dll.nvlm_attention.restype = [c_void_p, c_int64], None
+    dll.nvlm_quantize_rows.argtypes = [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int64]
+    dll.nvlm_scale_products.argtypes = [*[c_void_p] * 4, c_int64, c_int64, c_void_p, c_int32, c_int64]
+    dll.nvlm_quantize_rows.restype = dll.nvlm_scale_products.restype = None
     return dll

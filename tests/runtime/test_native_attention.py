@@ -12,7 +12,7 @@ from nvlm_kernels.native import native_attention
 from nvlm_runtime import native_attention as route
 from nvlm_runtime.attention import Past
 from nvlm_runtime.cache import KVCache
-from nvlm_runtime.native import use_attention
+from nvlm_runtime.native import use_library
 from nvlm_runtime.vision_attention import attend
 from tests.runtime.small import TEXT
 from tests.runtime.test_batch import PARAMS, answers, fresh, requests
@@ -245,7 +245,7 @@ def test_a_model_takes_it_and_lets_it_go(library, variant, monkeypatch):
     tokens = model.config.vision.num_patches + 1
     assert tokens in called and set(called) - {tokens}, "tiles, and prompts"
     called.clear()
-    use_attention(copy.deepcopy(model.model), None)
+    use_library(copy.deepcopy(model.model), None)
     assert isinstance(model.model.language_model.attention, native.Native), "the copy's alone"
-    use_attention(model.model, None)
+    use_library(model.model, None)
     assert [out.token_ids for out in model.generate_batch(requests(model), PARAMS)] == want and not called

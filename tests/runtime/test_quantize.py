@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvlm_kernels import native
 from nvlm_runtime.engine import NVLM
 from nvlm_runtime.quantize import Int8DynamicLinear, quantize, quantize_rows
 from nvlm_runtime.vision import InternViT
@@ -33,12 +34,19 @@ def formula(x: Tensor, layer: Int8DynamicLinear) -> Tensor:
     return y if layer.bias is None else y + layer.bias.double()
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return native.library(tmp_path_factory.mktemp("native"))
+
+
+@pytest.mark.parametrize("is_native", [False, True], ids=["torch", "native"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_is_the_formula(shape, dtype, bias):
+def test_is_the_formula(library, shape, dtype, bias, is_native):
     num, size, num_features = shape
     layer, x = Int8DynamicLinear.of(linear(size, num_features, bias)), rows(num, size, dtype)
+    layer.native = library if is_native else None
     want = formula(x, layer)
     half_ulp = {torch.float32: 2**-24, torch.bfloat16: 2**-8}[dtype]
     product = (want if layer.bias is None else want - layer.bias.double()).abs()
@@ -139,3 +147,44 @@ def test_a_tower_is_quantised_whole_once_or_not_at_all():
     quantize(tower, {"vision": "int8_dynamic"})
     with pytest.raises(ValueError, match="no floating linears in vision"):
         quantize(tower, {"vision": "int8_dynamic"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (130, 64), (5, 1000), (0, 8)], ids=str)
+def test_native_rows_are_torchs(library, shape, dtype):
+    """Bit for bit, halves and zeros and the smallest numbers among them."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[2:3] = 0
+    x[3:4] *= 1e-38
+    x[1:2] = (torch.arange(shape[1]) % 255 - 127).to(dtype) / 2
+    want, scale = quantize_rows(x)
+    got, got_scale = native.quantize_rows(library, x)
+    assert got.equal(want) and got_scale.equal(scale[:, 0])
+
+
+@torch.no_grad()
+def test_a_native_layer_gives_the_same(library):
+    """On more rows than a block, and nan where a row is not finite."""
+    linear = nn.Linear(96, 40).bfloat16()
+    layer, x = Int8DynamicLinear.of(linear), torch.randn(2, 700, 96).bfloat16()
+    want = layer(x)
+    layer.native = library
+    torch.testing.assert_close(layer(x), want, rtol=2**-7, atol=0)
+    x[0, 3, 5], x[1, 4, 0] = float("inf"), float("nan")
+    got = layer(x)
+    assert got[0, 3].isnan().all() and got[1, 4].isnan().all() and got.isnan().any(-1).sum() == 2
+
+
+def test_native_passes_refuse(library):
+    x, products, ones = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32), torch.ones(3)
+    for call, said in (
+        (lambda: native.quantize_rows(library, x[0]), r"expected x \[M, K\], got \[3\]"),
+        (lambda: native.quantize_rows(library, x.half()), r"expected x bfloat16 or float32 \[2, 3\]"),
+        (lambda: native.quantize_rows(library, x.t()), "contiguous on the CPU"),
+        (lambda: native.scale_products(library, products, ones, ones, None, x), r"expected scale_x float32 \[2\]"),
+        (lambda: native.scale_products(library, x, ones[:2], ones, None, x), "expected products int32"),
+        (lambda: native.scale_products(library, products, ones[:2], ones, ones[:2], x), r"expected bias float32 \[3\]"),
+        (lambda: native.scale_products(library, products, ones[:2], ones, None, x.t()), "expected out bfloat16 or"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
