@@ -65,6 +65,7 @@ class ImageEncoder:
             pixel_values = picture.pixel_values.to(weight.device, weight.dtype)
         times.append(time.perf_counter())
         features = self.stages.encode(pixel_values)
+        del pixel_values
         self._wait(features)
         times.append(time.perf_counter())
         tokens = self.stages.project(features)

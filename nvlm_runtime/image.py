@@ -189,7 +189,7 @@ def tile_pixels(image: Image.Image, plan: TilePlan) -> Tensor:
     tiles = np.stack([np.asarray(tile) for tile in cut_tiles(image, plan)])  # [N, S, S, 3]
     x = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous()  # [N, 3, S, S]
     mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD))
-    return (x.to(torch.float32) / 255 - mean) / std
+    return x.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def check_drawing(path: str | Path) -> None:

@@ -61,18 +61,21 @@ class Stages:
         """Tiles of one image [N, 3, S, S] to features [N, 4P, C]. A CPU takes large tiles one by one: they stay in its
         cache, and a tile's bits do not depend on its neighbours.
         """
-        vision, count = self.model.config.vision, len(pixel_values)
-        if pixel_values.device.type == "cpu" and self.model.group.size == 1:
-            count = max(1, CACHED // ((vision.num_patches + 1) * vision.hidden_size))
         with record_function("nvlm.encode"):
-            if count >= len(pixel_values):
-                return self.model.encode(pixel_values)
-            return torch.cat([self.model.encode(some) for some in pixel_values.split(count)])
+            return self._by_tiles(self.model.encode, pixel_values)
 
     def project(self, features: Tensor) -> Tensor:
-        """Features to image tokens [N, P, C]."""
+        """Features to image tokens [N, P, C], a CPU's as `encode` takes them."""
         with record_function("nvlm.project"):
-            return self.model.project(features)
+            return self._by_tiles(self.model.project, features)
+
+    def _by_tiles(self, run: Callable[[Tensor], Tensor], tiles: Tensor) -> Tensor:
+        vision, count = self.model.config.vision, len(tiles)
+        if tiles.device.type == "cpu" and self.model.group.size == 1:
+            count = max(1, CACHED // ((vision.num_patches + 1) * vision.hidden_size))
+        if count >= len(tiles):
+            return run(tiles)
+        return torch.cat([run(some) for some in tiles.split(count)])
 
     def embed(self, input_ids: Tensor, where: Tensor, tokens: Tensor) -> Tensor:
         """A chunk's inputs [1, T, C]: token ids [T], with image tokens [n, C] at the places `where` [n]."""
