@@ -92,11 +92,11 @@ class NVLMModel(nn.Module):
         rows, positions, tokens = [], [], []
         for row, (layout, images) in enumerate(zip(layouts, image_tokens, strict=True)):
             for image, tiles in zip(layout.images, images, strict=True):
-                if image.slots:
+                if image.slots or not image.cross:  # one that nobody sees has a gradient all the same
                     rows += [row] * len(image.slots)
                     positions += image.slots
                     tokens.append(tiles[list(image.slot_tiles)].flatten(0, 1))
-        if not tokens:  # nor has the text a gradient then, where the embedding does not learn
+        if not tokens:  # NVLM-X's text has no gradient from here then, where the embedding does not learn
             return x
         where = [torch.tensor(side, dtype=torch.int64, device=x.device) for side in (rows, positions)]
         return x.index_put(where, torch.cat(tokens).to(x.dtype))

@@ -85,6 +85,7 @@ def test_gates_at_0_are_the_bare_decoder_bit_for_bit(tmp_path, family):
         state = made.model.language_model.state_dict()
         bare.load_state_dict({name: tensor for name, tensor in state.items() if ".cross_attn." not in name})
         engine = NVLM(made.model, made.tokenizer, template=made.template)
+        bare.attention = made.model.language_model.attention
         for images in ([], [picture()]):
             ids = engine.prepare("What is in the picture?", images).input_ids
             with torch.inference_mode():

@@ -274,7 +274,8 @@ def test_the_trace_has_every_stage(capsys, tmp_path):
     count = {stage: sum(event.get("name") == f"nvlm.{stage}" for event in events) for stage in STAGES}
     assert min(count.values()) >= 1 and count["decode"] == len(values["token_seconds"])
     ops = {stage["stage"]: dict(stage["ops"]) for stage in values["stages"]}
-    assert "aten::argmax" in ops["decode"] and "aten::_scaled_dot_product_flash_attention_for_cpu" in ops["encode"]
+    assert "aten::argmax" in ops["decode"]
+    assert ops["encode"].keys() & {"native::attention", "aten::_scaled_dot_product_flash_attention_for_cpu"}
 
 
 def test_profile_says_what_it_needs(micro):

@@ -170,6 +170,8 @@ def test_a_native_layer_gives_the_same(library):
     want = layer(x)
     layer.native = library
     torch.testing.assert_close(layer(x), want, rtol=2**-7, atol=0)
+    strided = torch.stack([x, x], -1).flatten(-2)[..., ::2]
+    assert torch.equal(layer(strided), layer(x))
     x[0, 3, 5], x[1, 4, 0] = float("inf"), float("nan")
     got = layer(x)
     assert got[0, 3].isnan().all() and got[1, 4].isnan().all() and got.isnan().any(-1).sum() == 2
