@@ -21,8 +21,8 @@ from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.vision import InternViT
 from nvlm_runtime.weight_only import WEIGHT_ONLY
 
-# Rows multiplied at a time. What exists in int32 and fp32 stays small; of a whole tile it is 42 MB, made anew in each of
-# 96 products. A tile of the 300M tower took 1.95 s whole and 1.6 s in blocks, two runs on one machine.
+# Rows multiplied at a time. What exists in int32 and fp32 stays small; of a whole tile it is 42 MB, made anew in each
+# of 96 products. A tile of the 300M tower took 1.95 s whole and 1.6 s in blocks, two runs on one machine.
 BLOCK_ROWS = 384
 
 
