@@ -5,8 +5,8 @@ N tiles, P tokens a tile, H heads, D head_dim.
 A CPU that has it takes the native attention (`native_attention`). Without it, on a CUDA device, in fp32, under autograd
 and for short tiles: torch's attention in the inputs' dtype. For bf16 tiles of 256 tokens or more on a CPU without AMX:
 torch's attention in fp32, rounded once at the end. The bf16 product there is `vdpbf16ps`; the core measured issues a
-quarter as many of it as of fp32's multiply-add (1.63 against 6.69 G a second: 104 against 214 GFLOP/s). With 2 threads of
-that AVX512 core, medians of 9, ms, casts and copies included:
+quarter as many of it as of fp32's multiply-add (1.63 against 6.69 G a second: 104 against 214 GFLOP/s). With 2
+threads of that AVX512 core, medians of 9, ms, casts and copies included:
 
     N, H, P, D          bf16    fp32
     1, 16, 1025, 64     33.9    25.0
