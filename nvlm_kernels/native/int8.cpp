@@ -13,31 +13,17 @@
 #include <cstring>
 #include <limits>
 
+#include "bf16.h"
+
 namespace {
 
 constexpr float ROUNDS = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
 
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline float of_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 inline float widen(float x) { return x; }
-inline float widen(uint16_t x) { return of_bits(uint32_t(x) << 16); }
+inline float widen(uint16_t x) { return from_bf16(x); }
 
 inline void put(float x, float* to) { *to = x; }
-inline void put(float x, uint16_t* to) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    *to = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 64 : rounded);  // NaN stays NaN
-}
+inline void put(float x, uint16_t* to) { *to = to_bf16(x); }
 
 template <typename T>
 void quantize(const T* x, int64_t rows, int64_t cols, int8_t* out, float* scale, int64_t threads) {

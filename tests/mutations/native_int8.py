@@ -1,5 +1,6 @@
 TESTS = ("tests/runtime/test_quantize.py", "-k", "not micro_model")  # whose picture is not in the copy
 FILE, LAYER = "nvlm_kernels/native/int8.cpp", "nvlm_runtime/quantize.py"
+HEADER = "nvlm_kernels/native/bf16.h"
 MUTATIONS = [
     (FILE, "const float unit = found > least ? found : least;", "const float unit = found;", "0 / 0 in a row of zeros"),
     (FILE, "/ unit + ROUNDS - ROUNDS", "/ unit", "cut off, not rounded"),
@@ -17,7 +18,7 @@ MUTATIONS = [
         "std::fma(float(row[l]), scale_w[l], bias[l])",
         "no scale of the rows",
     ),
-    (FILE, "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16", "cut off to bf16"),
+    (HEADER, "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16", "cut off to bf16"),
     (
         LAYER,
         "native.quantize_rows(self.native, x.contiguous())",

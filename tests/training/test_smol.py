@@ -1,24 +1,32 @@
 """bench.smol: a frozen text model stays what it was, runs are gone on with, and the rows say what was asked."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 
 from bench import smol
+from nvlm_runtime.engine import BUNDLED
 from nvlm_runtime.micro import train as micro
+from nvlm_runtime.presets import MICRO_TEXT
 from nvlm_runtime.training.trainer import part_of
 from tests.runtime.backbones import save_text_model, text_model
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return save_text_model(text_model("llama", max_position_embeddings=2048), tmp_path_factory.mktemp("text"))
+    """A tiny text model whose tokens are the micro models'."""
+    folder = tmp_path_factory.mktemp("text")
+    sizes = {"vocab_size": MICRO_TEXT.vocab_size, "intermediate_size": 160, "max_position_embeddings": 2048}
+    save_text_model(text_model("llama", **sizes), folder)
+    shutil.copy(BUNDLED / "micro-d" / "tokenizer.json", folder)
+    return folder
 
 
 def words(text, folder, variant):
     given = ["--variant", variant, "--out", str(folder / variant), "--text", str(text), "--layers", "1"]
-    given += ["--steps", "1", "3", "--samples", "3", "--num-documents", "24", "--tower-steps", "1"]
+    given += ["--steps", "1", "3", "--samples", "3", "--num-documents", "24", "--reading-steps", "1"]
     given += ["--work", str(folder / "work")]
     return [*given, "--json", str(folder / "smol.json")]
 
