@@ -64,8 +64,8 @@ def test_what_is_said_has_the_least_loss(vocabulary):
     targets = torch.stack([vocabulary.target(tile) for tile in tiles])
     exact = sum(rows[targets[:, field]] for field, rows in enumerate(directions))
     loss, shares = reading_loss(20 * exact, targets, directions)
-    assert shares == [1.0] * len(FIELDS) and loss < 0.5
-    assert reading_loss(20 * exact.roll(1, 1), targets, directions)[0] > 5
+    assert shares == [1.0] * len(FIELDS) and loss < 2
+    assert reading_loss(20 * exact.roll(1, 1), targets, directions)[0] > 10
     unit = torch.cat([rows[1:] for rows in directions]).norm(dim=-1)
     torch.testing.assert_close(unit, torch.ones_like(unit))
 
