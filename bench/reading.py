@@ -116,6 +116,15 @@ def reading_loss(image_tokens: Tensor, targets: Tensor, directions: Sequence[Ten
     return loss, shares
 
 
+@torch.no_grad()
+def reading_shares(model: NVLMModel, tokenizer: Tokenizer, split: str, num_tiles: int) -> dict[str, float]:
+    """A field's share right over tiles of documents of a split, of image tokens that say something."""
+    vocabulary = Vocabulary.of(tokenizer, model.config.tokens_per_tile)
+    directions = vocabulary.directions(model.language_model.embed_tokens.weight)
+    pixels, targets = next(iter(TileStream(split, num_tiles, vocabulary)))
+    return dict(zip(FIELDS, reading_loss(model.project(model.encode(pixels)), targets, directions)[1]))
+
+
 def learn_to_read(
     model: NVLMModel, tokenizer: Tokenizer, seed: int, steps: int, log: Callable[[str], None], batch: int = 128
 ) -> None:

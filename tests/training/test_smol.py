@@ -52,7 +52,7 @@ def test_the_text_model_is_not_changed_by_a_bit(text, tmp_path, monkeypatch, cap
     for variant in "xh":
         before, after = (load_file(tmp_path / variant / s / "model.safetensors") for s in ("beginning", "fine-tuning"))
         learnt = {name for name in before if not before[name].to(after[name].dtype).equal(after[name])}
-        assert {part_of(name) for name in learnt} == {"vision", "projector", "cross"}
+        assert {part_of(name) for name in learnt} == {"projector", "cross"}
         gates = {name for name in before if name.endswith(".gate")}
         assert gates <= learnt or variant == "h"  # so few steps may be lost in bfloat16's rounding
 
