@@ -33,9 +33,9 @@ from bench.report import RESULTS, setting, table
 from bench.resident import peak_bytes
 from bench.synthetic import SHAPES, synthetic
 from nvlm_runtime import NVLM
+from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.commands.loading import scheme_of_words
 from nvlm_runtime.config import VARIANTS
-from nvlm_runtime.engine import BUNDLED
 from nvlm_runtime.handle import ImageHandle
 from nvlm_runtime.image import open_image, plan_tiles
 from nvlm_runtime.profile import check_matplotlib

@@ -21,7 +21,7 @@ from bench.reading import learn_to_read, reading_shares
 from bench.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.assembly import assemble
-from nvlm_runtime.engine import BUNDLED
+from nvlm_runtime.bundled import BUNDLED, save_without_text_model
 from nvlm_runtime.micro.dataset import documents_hash
 from nvlm_runtime.micro.evaluate import evaluate
 from nvlm_runtime.micro.questions import KINDS
@@ -33,6 +33,7 @@ from nvlm_runtime.weights import write_json
 
 EVAL_SEED = 12345
 TRAINED = {STAGES[0]: ("cross",), STAGES[1]: ("projector", "cross")}
+PART = "part"  # folder of a run: what is loaded beside the text model
 LAYERS = (10, 14, 18, 22, 26)  # of 30: 18 M parameters to learn, and no gradient through the ten layers below
 COPY = 8.0  # of an image token, in what is added to the residual stream at first
 
@@ -180,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("stopped; the same command goes on from there")
             return code
         row = measure(args)
+        trained = NVLM.load(args.out / STAGES[-1])
+        save_without_text_model(trained.model, args.text, args.out / PART)
     except (ValueError, OSError) as error:
         parser().exit(2, f"bench.smol: {' '.join(str(error).split())}\n")
     rows = json.loads(args.json.read_text())["rows"] if args.json.is_file() else []

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from nvlm_runtime import NVLM
+from nvlm_runtime.bundled import checkpoint_folder
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig, TextConfig, VisionConfig
-from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.presets import INTERNVIT_300M, MICRO_TEXT, MICRO_VISION
 from nvlm_runtime.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.report import table, write
 from nvlm_runtime.assembly import assemble
-from nvlm_runtime.engine import BUNDLED
+from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.micro.dataset import write_dataset
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.tokenizer import Tokenizer

@@ -150,11 +150,14 @@ def _vocabulary(backbone: Backbone) -> tuple[Tokenizer, dict[str, int]]:
     return tokenizer, {name: tokenizer.special(name) for name in names}
 
 
+def is_of_text_model(name: str) -> bool:
+    """Whether a tensor of a checkpoint is the text model's own."""
+    return name.startswith("language_model.") and ".cross_attn." not in name
+
+
 def _text_name(name: str) -> str | None:
     """The text model's own name of a tensor of the checkpoint, None where it is none of its."""
-    if not name.startswith("language_model.") or ".cross_attn." in name:
-        return None
-    return name.removeprefix("language_model.")
+    return name.removeprefix("language_model.") if is_of_text_model(name) else None
 
 
 def _check(backbone: Backbone, tower: Tower, entries: Mapping[str, Entry]) -> None:

@@ -22,6 +22,7 @@ from nvlm_kernels.native import Native, is_default, library
 from nvlm_runtime.adapter import AdaptedLinear
 from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.batch import Batch
+from nvlm_runtime.bundled import whole_folder
 from nvlm_runtime.compiles import CompileWatch
 from nvlm_runtime.encoder import ImageEncoder
 from nvlm_runtime.finite import check_layers
@@ -34,7 +35,6 @@ from nvlm_runtime.lora import load_lora, merge_lora
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.native import use_library
 from nvlm_runtime.parallel import SOLO, Group, VisionSplit
-from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.prompt import build_prompt, find_blocks, tag_ids
 from nvlm_runtime.quantize import quantize as quantize_model
 from nvlm_runtime.quantize import scheme_of
@@ -48,21 +48,6 @@ from nvlm_runtime.tokenizer import TextStream, Tokenizer
 from nvlm_runtime.weights import DTYPES, Told, checkpoint_digest, load, read_json
 
 ROUNDING = 256  # slots: requests of nearly the same length share their buffers
-BUNDLED = Path(__file__).parent / "models"
-
-
-def checkpoint_folder(name: str | Path) -> Path:
-    """The folder of a bundled model or of a path. ValueError or FileNotFoundError saying what was expected."""
-    bundled = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-    if str(name) in bundled:
-        return BUNDLED / str(name)
-    if not isinstance(name, str | Path):
-        raise ValueError(f"a model is a name or a folder, got {type(name).__name__}")
-    if Path(name).is_dir():
-        return Path(name)
-    if str(name) in PRESETS:
-        raise ValueError(f"{name} has no weights in this package: give the folder of its checkpoint")
-    raise ValueError(f"unknown model {str(name)!r}: expected a checkpoint folder or one of {', '.join(bundled)}")
 
 
 def check_device(device: torch.device | str) -> None:
@@ -210,7 +195,7 @@ class NVLM:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
         if lora is not None and group.size > 1:
             raise ValueError("adapters are put on a whole model: merge them into a checkpoint before it is shared out")
-        folder = checkpoint_folder(name)
+        folder = whole_folder(name, options.get("cache_folder"))
         check_device(device)
         check_attention(attention, device)
         read_json(folder / "config.json")

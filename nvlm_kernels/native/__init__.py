@@ -18,6 +18,7 @@ from nvlm_kernels.native.library import (
     Model,
     Native,
     Step,
+    default_folder,
     is_default,
     library,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Model",
     "Native",
     "Step",
+    "default_folder",
     "is_default",
     "library",
     "native_attention",

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from nvlm_runtime.bundled import checkpoint_folder
 from nvlm_runtime.commands.answers import plan_values, print_plan
 from nvlm_runtime.config import from_hf
-from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.entries import parameter_counts
 from nvlm_runtime.image import check_drawing, draw_plan, open_image, plan_tiles
 from nvlm_runtime.presets import PRESETS

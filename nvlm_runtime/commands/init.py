@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from nvlm_runtime.assembly import assemble, check_empty
-from nvlm_runtime.engine import BUNDLED
+from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.entries import parameter_counts
 
 OPTIONS = ("every", "layers", "placement", "ffn", "positions")  # of the cross-attention, --cross-... each

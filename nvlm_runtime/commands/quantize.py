@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from nvlm_runtime.assembly import check_empty
+from nvlm_runtime.bundled import whole_folder
 from nvlm_runtime.commands.loading import scheme_of_words
-from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.quantize import check_scheme, quantize, scheme_of
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.weights import DTYPES, load, open_tensors, save
@@ -30,7 +30,7 @@ def _stored(folder: Path) -> torch.dtype | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out, folder, scheme = Path(args.out), checkpoint_folder(args.model), scheme_of_words(args.quantize)
+    out, folder, scheme = Path(args.out), whole_folder(args.model), scheme_of_words(args.quantize)
     check_empty(out)
     check_scheme(scheme)
     tokenizer = Tokenizer.load(folder)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nvlm_runtime.bundled import checkpoint_folder
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.engine import checkpoint_folder
 from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
 from nvlm_runtime.micro.dataset import documents_hash, write_dataset
 from nvlm_runtime.micro.document import SIDE

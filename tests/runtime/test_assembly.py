@@ -13,9 +13,10 @@ from PIL import Image
 from nvlm_runtime import assembly as assembly_file
 from nvlm_runtime.assembly import assemble, gated_layers
 from nvlm_runtime.backbone import smollm2_file
+from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.cli import main
 from nvlm_runtime.decoder import Decoder
-from nvlm_runtime.engine import BUNDLED, NVLM
+from nvlm_runtime.engine import NVLM
 from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.weights import load
 from nvlm_runtime.weights import save as save_checkpoint

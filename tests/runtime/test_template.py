@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.cli import main
-from nvlm_runtime.engine import BUNDLED, NVLM
+from nvlm_runtime.engine import NVLM
 from nvlm_runtime.prompt import build_prompt, find_blocks
 from nvlm_runtime.template import CONFIG_FILE, JINJA_FILE, JSON_FILE, MAX_WRITTEN, ChatTemplate
 from nvlm_runtime.tokenizer import Tokenizer

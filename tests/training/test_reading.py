@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.reading import FIELDS, TileStream, Vocabulary, reading_loss
-from nvlm_runtime.engine import BUNDLED
+from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.micro.document import COLOURS, LABELS, Line, Shape, Tile
 from nvlm_runtime.micro.tower import ROLES
 from nvlm_runtime.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bench import smol
-from nvlm_runtime.engine import BUNDLED
+from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.micro import train as micro
 from nvlm_runtime.presets import MICRO_TEXT
 from nvlm_runtime.training.trainer import part_of
