@@ -1,9 +1,9 @@
 """A decoding step on a CPU, route by route: python -m bench.decode [--shape ...] [--peers transformers]
 
 Every route has the same decoder behind a cache of noise: plain PyTorch, the native step on the dtype's weights, on int8
-and on int4, transformers' Qwen2. They take turns in one process, with a read of memory that no cache holds between
-them, so a share of the roof is of the speed this machine had at that moment. A step's bytes are the weights and the
-keys and values it reads, as they are stored.
+and on int4, transformers' Qwen2. They take turns in one process, with a read of memory that no cache holds between each
+two: a step's share of the roof is of the speed around it, as a machine that others share changes its own, and the
+median of such shares. A step's bytes are the weights and the keys and values it reads, as they are stored.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -98,16 +99,33 @@ class Routes:
         return step
 
 
-def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run, in turn, after one of each."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+@dataclass(frozen=True)
+class Turns:
+    """What one route did, a round each: its seconds, and those of the reads of memory just before and after, a mean."""
+
+    seconds: list[float]
+    reads: list[float]
+
+
+def measure(read: Run, runs: dict[str, Run], rounds: int) -> dict[str, Turns]:
+    """All runs in turn, a read between each two, after a round that does not count."""
+    turns = {name: Turns([], []) for name in runs}
+    before = timed(read)
     for number in range(rounds + 1):
         for name, run in runs.items():
-            began = time.perf_counter()
-            run()
+            took = timed(run)
+            after = timed(read)
             if number:
-                times[name].append(time.perf_counter() - began)
-    return times
+                turns[name].seconds.append(took)
+                turns[name].reads.append((before + after) / 2)
+            before = after
+    return turns
+
+
+def timed(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def spread(times: list[float]) -> tuple[float, float, float]:
@@ -124,7 +142,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="at the first context")
     parser.add_argument("--routes", nargs="+", default=["plain", "native", "int8", "int4"])
     parser.add_argument("--peers", nargs="*", choices=("transformers",), default=[])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="default: bench/results/decode.json")
     args = parser.parse_args()
     names = [*args.routes, *args.peers]
@@ -140,12 +158,13 @@ def main() -> None:
     cases = [(1, context) for context in args.contexts] + [(b, args.contexts[0]) for b in args.batches if b > 1]
     for batch, context in cases:
         runs = {name: routes.run(name, batch, context) for name in names}
-        times = measure({"read": read, **runs}, args.rounds)
-        roof = memory.nbytes / statistics.median(times["read"])
-        base = statistics.median(times[names[0]])
+        turns = measure(read, runs, args.rounds)
+        base = statistics.median(turns[names[0]].seconds)
         for name in names:
-            p20, p50, p80 = spread(times[name])
+            p20, p50, p80 = spread(turns[name].seconds)
             num_bytes = routes.bytes[name].total(context, rows=batch)
+            pairs = zip(turns[name].seconds, turns[name].reads, strict=True)
+            share = statistics.median(num_bytes / took / (memory.nbytes / reading) for took, reading in pairs)
             rows.append(
                 {
                     "route": name,
@@ -155,8 +174,8 @@ def main() -> None:
                     "p50_ms": 1e3 * p50,
                     "p80_ms": 1e3 * p80,
                     "bytes": num_bytes,
-                    "read_gb_s": roof / 1e9,
-                    "share_of_read": num_bytes / p50 / roof,
+                    "read_gb_s": memory.nbytes / statistics.median(turns[name].reads) / 1e9,
+                    "share_of_read": share,
                     f"against_{names[0]}": base / p50,
                 }
             )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import context, generate, readme
+from bench import context, decode, generate, readme
 from bench.card import image_key_bytes, weight_bytes
 from bench.contestants import Ours, Transformers, contestants
 from bench.report import RESULTS, setting
@@ -337,3 +337,23 @@ def test_readme_table(quick):
 def test_committed_results_name_their_machine(path):
     for part in json.loads(path.read_text())["parts"].values():
         assert part["setting"]["cpu"] and not part["setting"]["commit"].endswith("-dirty")
+
+
+def test_a_step_stands_beside_the_reads_around_it(monkeypatch):
+    now, told = [0.0], []
+
+    def taking(name, *seconds):
+        left = iter(seconds)
+
+        def run():
+            told.append(name)
+            now[0] += next(left)
+
+        return run
+
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: now[0])
+    read = taking("read", 1, 2, 4, 8, 16, 32, 64)
+    turns = decode.measure(read, {"a": taking("a", 9, 10, 11), "b": taking("b", 9, 20, 21)}, rounds=2)
+    assert told == ["read", *["a", "read", "b", "read"] * 3]
+    assert turns["a"] == decode.Turns([10, 11], [(4 + 8) / 2, (16 + 32) / 2])
+    assert turns["b"] == decode.Turns([20, 21], [(8 + 16) / 2, (32 + 64) / 2])
