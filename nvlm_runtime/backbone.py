@@ -5,6 +5,7 @@ From a folder of safetensors with config.json and tokenizer files (Qwen2ForCausa
 Source: transformers' Qwen2 and Llama (names, defaults of absent keys).
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,14 +50,31 @@ def open_backbone(source: str | Path, stack: ExitStack) -> Backbone:
     Files stay open as long as the stack. Raises FileNotFoundError or ValueError naming what is absent, damaged or of a
     kind this runtime cannot run; weights are not read yet.
     """
-    if str(source) == SMOLLM2 and not Path(source).exists():
-        return _from_gguf(SMOLLM2, smollm2_file())
-    path = Path(source)
+    path = backbone_path(source)
     if path.is_dir():
         return _from_folder(path, stack)
-    if path.is_file():
-        return _from_gguf(path.name, path)
+    return _from_gguf(SMOLLM2 if str(source) == SMOLLM2 else path.name, path)
+
+
+def backbone_path(source: str | Path) -> Path:
+    """The folder or GGUF file that `open_backbone` opens. Raises FileNotFoundError where there is none."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) == SMOLLM2:
+        return smollm2_file()
     raise FileNotFoundError(f"no text model {str(source)!r}: expected a folder, a GGUF file or {SMOLLM2!r}")
+
+
+def backbone_digest(source: str | Path) -> str:
+    """SHA-256 of a text model's weights and config.json. Raises FileNotFoundError as `backbone_path`."""
+    path = backbone_path(source)
+    files = sorted([*path.glob("*.safetensors"), path / "config.json"]) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for each in files:
+        with each.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def smollm2_file() -> Path:

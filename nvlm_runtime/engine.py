@@ -22,13 +22,13 @@ from nvlm_kernels.native import Native, is_default, library
 from nvlm_runtime.adapter import AdaptedLinear
 from nvlm_runtime.attention import Attention, check_attention
 from nvlm_runtime.batch import Batch
-from nvlm_runtime.bundled import whole_folder
 from nvlm_runtime.compiles import CompileWatch
 from nvlm_runtime.encoder import ImageEncoder
 from nvlm_runtime.finite import check_layers
 from nvlm_runtime.graphs import GraphStages
 from nvlm_runtime.handle import ImageCache, ImageHandle, picture_key
 from nvlm_runtime.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
+from nvlm_runtime.joined import whole_folder
 from nvlm_runtime.layout import ImageLayout, make_layout
 from nvlm_runtime.linear import replace_linears
 from nvlm_runtime.lora import load_lora, merge_lora
@@ -45,7 +45,7 @@ from nvlm_runtime.slots import Slots
 from nvlm_runtime.stages import Stages
 from nvlm_runtime.template import ChatTemplate
 from nvlm_runtime.tokenizer import TextStream, Tokenizer
-from nvlm_runtime.weights import DTYPES, Told, checkpoint_digest, load, read_json
+from nvlm_runtime.weights import DTYPES, Told, checkpoint_digest, load
 
 ROUNDING = 256  # slots: requests of nearly the same length share their buffers
 
@@ -179,7 +179,8 @@ class NVLM:
         told: Told = lambda read, total: None,
         **options: Any,
     ) -> "NVLM":
-        """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder.
+        """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder; one that comes without its text
+        model is put together first, in `cache_folder` (`joined`).
 
         lora: a folder of adapters in PEFT's form, put on the model (`lora.load_lora`). merge: into its weights, so that
         every fast path runs it; otherwise they stay beside the weights, in float32, and decoding is PyTorch's.
@@ -195,10 +196,9 @@ class NVLM:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
         if lora is not None and group.size > 1:
             raise ValueError("adapters are put on a whole model: merge them into a checkpoint before it is shared out")
-        folder = whole_folder(name, options.get("cache_folder"))
         check_device(device)
         check_attention(attention, device)
-        read_json(folder / "config.json")
+        folder = whole_folder(name, options.get("cache_folder"), group)
         tokenizer = Tokenizer.load(folder)
         for special in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>"):
             tokenizer.special(special)

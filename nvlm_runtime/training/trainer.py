@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvlm_runtime.bundled import whole_folder
 from nvlm_runtime.entries import square_norm
+from nvlm_runtime.joined import whole_folder
 from nvlm_runtime.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.parallel import Mesh
@@ -121,7 +121,7 @@ class Trainer:
             raise ValueError(f"{self.folder} holds no checkpoint to go on from")
         if found and not resume:
             raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, or name another folder")
-        base = whole_folder(recipe.model)
+        base = whole_folder(recipe.model, group=mesh.world)
         self.tokenizer = Tokenizer.load(base)
         dtype = getattr(torch, recipe.precision)
         if mesh.data.size == 1:

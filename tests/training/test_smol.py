@@ -58,7 +58,14 @@ def test_the_text_model_is_not_changed_by_a_bit(text, tmp_path, monkeypatch, cap
 
 
 def test_bad_words(text, tmp_path, capsys):
-    for bad, said in ((["--steps", "1", "0"], "both --steps must be"), (["--text", "nowhere"], "nowhere")):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "run.json").write_text(json.dumps({"steps": [5, 6]}))
+    new = tmp_path / "new"
+    for bad, said in (
+        (["--steps", "1", "0"], "both --steps must be"),
+        (["--text", "nowhere", "--out", str(new)], "no text model 'nowhere'"),
+        (["--seed", "3"], "was begun with --variant None"),
+    ):
         with pytest.raises(SystemExit) as ended:
             smol.main([*words(text, tmp_path, "x"), *bad])
-        assert ended.value.code == 2 and said in capsys.readouterr().err
+        assert ended.value.code == 2 and said in capsys.readouterr().err and not new.exists()

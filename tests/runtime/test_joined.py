@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nvlm_runtime import joined
 from nvlm_runtime.assembly import assemble
-from nvlm_runtime.bundled import save_without_text_model, whole_folder
+from nvlm_runtime.backbone import backbone_digest
 from nvlm_runtime.engine import NVLM
+from nvlm_runtime.joined import save_without_text_model, whole_folder
 from nvlm_runtime.weights import load
 from tests.runtime.backbones import save_text_model, text_model
 
@@ -62,14 +64,20 @@ def test_it_is_put_together_once(trained, text, tmp_path):
 def test_what_does_not_fit(trained, text, tmp_path):
     part, cache = tmp_path / "part", tmp_path / "cache"
     save_without_text_model(trained.model, str(text), part)
-    other = tmp_path / "other"
-    save_text_model(text_model("llama", num_hidden_layers=5), other)
     config = json.loads((part / "config.json").read_text())
-    (part / "config.json").write_text(json.dumps(config | {"text_model": str(other)}))
-    with pytest.raises(ValueError, match="was not trained beside the text model"):
-        whole_folder(part, cache)
-    (part / "config.json").write_text(json.dumps(config | {"text_model": str(tmp_path / "nowhere")}))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    other = save_text_model(text_model("llama", num_hidden_layers=5), tmp_path / "other")
+    for named, said in (
+        ({"name": str(other)}, "was trained beside another"),
+        ({"name": str(other), "sha256": backbone_digest(other)}, "their configs differ"),
+        ({"name": str(tmp_path / "nowhere")}, "no text model .*nowhere"),
+        ({"name": 5}, "must give 'name' and 'sha256'"),
+    ):
+        changed = config | {"text_model": config["text_model"] | named}
+        (part / "config.json").write_text(json.dumps(changed))
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            whole_folder(part, cache)
+    (part / "config.json").write_text(json.dumps(config | {"text_model": "smollm2"}))
+    with pytest.raises(ValueError, match="must give 'name' and 'sha256'"):
         whole_folder(part, cache)
     (part / "config.json").write_text(json.dumps(config))
     tensors = load_file(part / "model.safetensors")
@@ -84,20 +92,41 @@ def test_what_does_not_fit(trained, text, tmp_path):
     assert not names_in(cache)
 
 
+def test_another_text_model_of_the_same_sizes(trained, text, tmp_path):
+    part, copy = tmp_path / "part", shutil.copytree(text, tmp_path / "copy")
+    save_without_text_model(trained.model, copy, part)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="was trained beside another"):
+        whole_folder(part, tmp_path / "cache")
+
+
+def test_a_text_model_that_has_learnt_is_not_left_out(trained, text, tmp_path):
+    trained.model.language_model.norm.weight.data += 1
+    with pytest.raises(ValueError, match="text model is not .* any more: language_model.model.norm.weight"):
+        save_without_text_model(trained.model, text, tmp_path / "part")
+    assert not names_in(tmp_path)
+
+
 def test_another_process_may_be_first(trained, text, tmp_path, monkeypatch):
     part, cache = tmp_path / "part", tmp_path / "cache"
     save_without_text_model(trained.model, str(text), part)
     whole = whole_folder(part, cache)
     kept = tmp_path / "kept"
     whole.rename(kept)
-    monkeypatch.setattr(
-        "nvlm_runtime.assembly.Assembly.save", lambda self, folder: (shutil.copytree(kept, folder), kept.rename(whole))
-    )
+    original = joined._join
+
+    def join(*given):
+        kept.rename(whole)
+        return original(*given)
+
+    monkeypatch.setattr(joined, "_join", join)
     assert whole_folder(part, cache) == whole and names_in(cache) == [whole.name]
 
 
 def test_d_is_nothing_without_its_text_model(text, tmp_path):
     assembly = assemble("d", text, TOWER)
     with pytest.raises(ValueError, match="NVLM-D"):
-        save_without_text_model(assembly.model, str(text), tmp_path / "part")
-    assert not (tmp_path / "part").exists()
+        save_without_text_model(assembly.model, text, tmp_path / "part")
+    assert not names_in(tmp_path)
