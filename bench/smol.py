@@ -42,7 +42,9 @@ COPY = 8.0  # of an image token, in what is added to the residual stream at firs
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Raises ValueError where the folder of the run was begun with other arguments, FileNotFoundError for no text model."""
+    """Raises ValueError where the folder of the run was begun with other arguments, FileNotFoundError where there is no
+    such text model.
+    """
     backbone_path(args.text)
     asked = {name: getattr(args, name) for name in RUN}
     asked = json.loads(json.dumps(asked))  # tuples are lists there
