@@ -1,0 +1,32 @@
+TESTS = ("tests/runtime/test_joined.py",)
+FILE, BACKBONE = "nvlm_runtime/joined.py", "nvlm_runtime/backbone.py"
+MUTATIONS = [
+    (FILE, "if (found := backbone_digest(text)) != text_digest:", "if False:", "any text model will do"),
+    (
+        BACKBONE,
+        'sorted([*path.glob("*.safetensors"), path / "config.json"])',
+        '[path / "config.json"]',
+        "no weights in the hash",
+    ),
+    (FILE, "if not joined[name].equal(wanted[name])", "if False", "a text model that has learnt is left out"),
+    (
+        FILE,
+        'if not (whole / "config.json").is_file():\n        if',
+        "if True:\n        if",
+        "put together at every load",
+    ),
+    (
+        FILE,
+        "if wrong := set(tensors) ^ set(entries):",
+        "if wrong := set(tensors) - set(entries):",
+        "missing tensors stay as drawn",
+    ),
+    (FILE, " + (folder / SINGLE).read_bytes()", "", "other weights under the same name"),
+    (
+        FILE,
+        'if not (whole / "config.json").is_file():  # else',
+        "if True:  # else",
+        "another process must not be first",
+    ),
+    (FILE, "shutil.rmtree(partial, ignore_errors=True)", "pass", "what was refused stays half written"),
+]
