@@ -175,24 +175,23 @@ def show(rows: Sequence[dict]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    sizes = Sizes()
     made = argparse.ArgumentParser(prog="python -m bench.smol", description=__doc__.splitlines()[0])
     made.add_argument("--variant", choices=("x", "h"), required=True)
     made.add_argument("--out", type=Path, required=True, help="folder of the run, gone on with where it holds one")
     made.add_argument("--text", default="smollm2", help="as of nvlm init (default: %(default)s)")
     made.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="cross-attention's (default: %(default)s)")
-    made.add_argument("--steps", type=int, nargs=2, default=(750, 2250), help="a stage (default: %(default)s)")
+    made.add_argument("--steps", type=int, nargs=2, default=(150, 450), help="a stage (default: %(default)s)")
     made.add_argument(
-        "--lr", type=float, default=2e-3, help="the second stage's peak, half of Muon's (default: %(default)s)"
+        "--lr", type=float, default=1e-3, help="the second stage's peak, half of Muon's (default: %(default)s)"
     )
     learns = ("projector", "cross")
-    made.add_argument("--learns", nargs="+", choices=learns, default=learns, help="in the second stage")
+    made.add_argument("--learns", nargs="+", choices=learns, default=learns[1:], help="in the second stage")
     made.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, a step (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of what is new, and of the order (default: %(default)s)")
     made.add_argument("--precision", choices=PRECISIONS, default=Recipe.precision, help="(default: %(default)s)")
     made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
     made.add_argument("--work", type=Path, default=Path("work"), help="what variants share: tower, documents")
-    made.add_argument("--num-documents", type=int, default=sizes.num_documents)
+    made.add_argument("--num-documents", type=int, default=6000)
     made.add_argument("--reading-steps", type=int, default=1000, help="of 128 tiles (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, default=RESULTS / "smol.json", help="(default: %(default)s)")

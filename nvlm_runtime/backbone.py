@@ -67,14 +67,19 @@ def backbone_path(source: str | Path) -> Path:
 
 
 def backbone_digest(source: str | Path) -> str:
-    """SHA-256 of a text model's weights and config.json. Raises FileNotFoundError as `backbone_path`."""
+    """SHA-256 of a GGUF file, or of the hashes of a folder's config.json and weights, one after the other. Raises
+    FileNotFoundError as `backbone_path`.
+    """
     path = backbone_path(source)
-    files = sorted([*path.glob("*.safetensors"), path / "config.json"]) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for each in files:
-        with each.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    if path.is_file():
+        return _sha256(path).hexdigest()
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(_sha256(each).digest() for each in files)).hexdigest()
+
+
+def _sha256(path: Path) -> Any:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 def smollm2_file() -> Path:

@@ -4,7 +4,7 @@ MUTATIONS = [
     (FILE, "if (found := backbone_digest(text)) != text_digest:", "if False:", "any text model will do"),
     (
         BACKBONE,
-        'sorted([*path.glob("*.safetensors"), path / "config.json"])',
+        '[path / "config.json", *sorted(path.glob("*.safetensors"))]',
         '[path / "config.json"]',
         "no weights in the hash",
     ),
