@@ -27,7 +27,7 @@ def text(tmp_path_factory):
 def words(text, folder, variant):
     given = ["--variant", variant, "--out", str(folder / variant), "--text", str(text), "--layers", "1"]
     given += ["--steps", "1", "3", "--samples", "3", "--num-documents", "24", "--reading-steps", "1"]
-    given += ["--work", str(folder / "work")]
+    given += ["--work", str(folder / "work"), "--learns", "projector", "cross"]
     return [*given, "--json", str(folder / "smol.json")]
 
 
