@@ -50,12 +50,13 @@ def test_the_whole_is_what_was_taken_apart(trained, text, tmp_path):
     assert names_in(cache) == [whole.name]
 
 
-def test_it_is_put_together_once(trained, text, tmp_path):
+def test_it_is_put_together_once(trained, text, tmp_path, monkeypatch):
     part, cache = tmp_path / "part", tmp_path / "cache"
     save_without_text_model(trained.model, str(text), part)
     whole = whole_folder(part, cache)
-    written = (whole / "model.safetensors").stat().st_mtime_ns
-    assert whole_folder(part, cache) == whole and (whole / "model.safetensors").stat().st_mtime_ns == written
+    with monkeypatch.context() as patch:
+        patch.delattr(joined, "_join")
+        assert whole_folder(part, cache) == whole
     tensors = load_file(part / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, part / "model.safetensors")
     assert whole_folder(part, cache) != whole  # other weights, other name
