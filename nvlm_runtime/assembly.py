@@ -12,8 +12,8 @@ Sources: NVLM paper sections 4.2 to 4.5 (parts, gates, tokens); Flamingo (arXiv 
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -52,21 +52,31 @@ class Assembly:
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint whole or not at all. Raises ValueError where `folder` is there and not empty."""
-        check_empty(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        try:
+        with new_folder(folder) as partial:
             self.tokenizer.save(partial)
             if self.template is not None:
                 self.template.save(partial)
             save(self.model, partial)
-            partial.chmod(0o755)
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it to write to, which becomes `folder` at the end, or is gone where the block raises.
+
+    Raises ValueError where `folder` is there and not empty.
+    """
+    check_empty(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def check_empty(folder: Path) -> None:

@@ -177,6 +177,7 @@ class NVLM:
         lora: str | Path | None = None,
         merge: bool = True,
         told: Told = lambda read, total: None,
+        cache_folder: str | Path | None = None,
         **options: Any,
     ) -> "NVLM":
         """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder; one that comes without its text
@@ -198,7 +199,7 @@ class NVLM:
             raise ValueError("adapters are put on a whole model: merge them into a checkpoint before it is shared out")
         check_device(device)
         check_attention(attention, device)
-        folder = whole_folder(name, options.get("cache_folder"), group)
+        folder = whole_folder(name, cache_folder, group)
         tokenizer = Tokenizer.load(folder)
         for special in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>"):
             tokenizer.special(special)
@@ -217,7 +218,7 @@ class NVLM:
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
                 f"{model.config.text.vocab_size} rows"
             )
-        return cls(model, tokenizer, template=template, **options)
+        return cls(model, tokenizer, template=template, cache_folder=cache_folder, **options)
 
     def prepare(
         self,

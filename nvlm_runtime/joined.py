@@ -6,8 +6,6 @@ together once, into a checkpoint like any other in the user's cache, named after
 """
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from nvlm_kernels.native import default_folder
-from nvlm_runtime.assembly import Assembly, assemble, check_empty, is_of_text_model
+from nvlm_runtime.assembly import Assembly, assemble, is_of_text_model, new_folder
 from nvlm_runtime.backbone import backbone_digest
 from nvlm_runtime.bundled import checkpoint_folder
 from nvlm_runtime.config import from_hf, to_hf
@@ -112,25 +110,16 @@ def save_without_text_model(model: NVLMModel, text: str | Path, folder: Path) ->
     Raises ValueError where `folder` is there and not empty, for NVLM-D, and where together they would not be the model,
     as when its text model has learnt.
     """
-    check_empty(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    source = str(text) if not Path(text).exists() else str(Path(text).resolve())
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        tensors = {name: tensor for name, tensor in _tensors(model).items() if not is_of_text_model(name)}
+    source = str(Path(text).resolve()) if Path(text).exists() else str(text)
+    wanted = _tensors(model)
+    with new_folder(folder) as partial:
+        tensors = {name: tensor for name, tensor in wanted.items() if not is_of_text_model(name)}
         save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
         named = {TEXT_MODEL: {"name": source, "sha256": backbone_digest(source)}}
         write_json(partial / "config.json", to_hf(model.config, str(DTYPE).removeprefix("torch.")) | named)
-        joined, wanted = _tensors(_join(partial, source).model), _tensors(model)
+        joined = _tensors(_join(partial, source).model)
         if wrong := {name for name in wanted if not joined[name].equal(wanted[name])}:
             raise ValueError(f"the model's text model is not {source!r} any more: {some(wrong)}")
-        partial.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _tensors(model: NVLMModel) -> dict[str, torch.Tensor]:

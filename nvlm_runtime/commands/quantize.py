@@ -30,9 +30,10 @@ def _stored(folder: Path) -> torch.dtype | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out, folder, scheme = Path(args.out), whole_folder(args.model), scheme_of_words(args.quantize)
+    out, scheme = Path(args.out), scheme_of_words(args.quantize)
     check_empty(out)
     check_scheme(scheme)
+    folder = whole_folder(args.model)
     tokenizer = Tokenizer.load(folder)
     model, _ = load(folder, dtype=getattr(torch, args.dtype) if args.dtype else None)
     quantize(model, scheme)

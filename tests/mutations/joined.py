@@ -1,5 +1,6 @@
 TESTS = ("tests/runtime/test_joined.py",)
 FILE, BACKBONE = "nvlm_runtime/joined.py", "nvlm_runtime/backbone.py"
+ASSEMBLY = "nvlm_runtime/assembly.py"
 MUTATIONS = [
     (FILE, "if (found := backbone_digest(text)) != text_digest:", "if False:", "any text model will do"),
     (
@@ -28,5 +29,5 @@ MUTATIONS = [
         "if True:  # else",
         "another process must not be first",
     ),
-    (FILE, "shutil.rmtree(partial, ignore_errors=True)", "pass", "what was refused stays half written"),
+    (ASSEMBLY, "shutil.rmtree(partial, ignore_errors=True)", "pass", "what was refused stays half written"),
 ]
