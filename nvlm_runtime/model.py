@@ -83,6 +83,7 @@ class NVLMModel(nn.Module):
             version=self.config.ps_version,
             eps=norm.eps,
             gelu=bool(rest),
+            recompute=self.language_model.recompute,
         )
         return self.group.reduce(rest[-1](x)) if rest else x
 

@@ -9,7 +9,7 @@ from nvlm_kernels.ops.gated_project import gated_project, gated_project_ref
 from nvlm_kernels.ops.pixel_shuffle_project import pixel_shuffle_project, pixel_shuffle_project_ref
 
 
-def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strategy, gelu) -> Call:
+def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strategy, gelu, recompute=False) -> Call:
     """A ViT's output with its CLS row, and no biases: the published projectors have none in their Linear."""
     make = partial(torch.randn, dtype=dtype, device=device)
     x, norm_weight, norm_bias = make(tiles, 1 + side * side, width), make(4 * width), make(4 * width)
@@ -20,15 +20,16 @@ def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strat
     moved = nbytes(x[:, 1:], norm_weight, norm_bias, weight)
     y = rows * features * x.element_size()
     flops = 2 * rows * 4 * width * features
+    kept = gelu and not recompute
     return Call(
-        partial(pixel_shuffle_project, strategy=strategy, **options),
+        partial(pixel_shuffle_project, strategy=strategy, recompute=recompute, **options),
         partial(pixel_shuffle_project_ref, bias=None, **options),
         tuple(inputs),
         forward_bytes=moved + y,
-        backward_bytes=moved + y * (1 + gelu) + moved + nbytes(x[:, :1]),
+        backward_bytes=moved + y * (1 + kept) + moved + nbytes(x[:, :1]),
         weight_bytes=nbytes(norm_weight, norm_bias, weight),
         forward_flops=flops,
-        backward_flops=2 * flops,
+        backward_flops=(2 + recompute) * flops,
     )
 
 
@@ -60,17 +61,18 @@ def _shuffle_cases() -> tuple[Case, ...]:
         "x": (dict(features=8192), dict(tiles=1, features=816)),
         "d": (dict(features=29568), dict(tiles=2, features=2944)),
     }
+    ways = [(variant, {"strategy": strategy}) for variant in dims for strategy in ("fused", "norm_then_gemm")]
+    ways.append(("d", {"strategy": "fused", "recompute": True}))
     return tuple(
         Case(
             "pixel_shuffle_project",
-            f"{variant}-{strategy}",
-            "matmul" if strategy == "fused" else "stream",  # the other's product is the vendor's
-            partial(_pixel_shuffle_project, strategy=strategy, gelu=variant == "d"),
-            tiles | full,
-            small | cut,
+            f"{variant}-{'recompute' if 'recompute' in way else way['strategy']}",
+            "matmul" if way["strategy"] == "fused" else "stream",  # the other's product is the vendor's
+            partial(_pixel_shuffle_project, gelu=variant == "d", **way),
+            tiles | dims[variant][0],
+            small | dims[variant][1],
         )
-        for variant, (full, cut) in dims.items()
-        for strategy in ("fused", "norm_then_gemm")
+        for variant, way in ways
     )
 
 

@@ -17,8 +17,8 @@ With dz = dy * gelu'(z) and dn = dz @ weight, gradients, d(x) in x's own layout 
     dweight = dz^T @ n    dbias = sum(dz)    dnorm_weight = sum(dn * s^)    dnorm_bias = sum(dn)    over rows
     ds = (g - mean(g) - s^ * mean(g * s^)) / sqrt(var + eps)    g = dn * norm_weight, s^: n before its weight
 
-n is made again from x in the backward (a pass of memory, instead of M * 4C saved); z is saved, as to make it again is
-a third GEMM and to keep it is M * F elements, which eager keeps too. Without gradients nothing is saved.
+n is made again from x in the backward (a pass of memory, instead of M * 4C saved). z is saved, M * F elements that
+eager keeps too, or with `recompute` made again as well, by a third GEMM. Without gradients nothing is saved.
 
 Bound: flops (2 M K F); the weight's bytes where M is a few hundred. Numerics: each block of columns has its own mean
 and blocks are joined by Chan's update, so a mean a thousand times the deviation cancels nothing. n and z are rounded to
@@ -27,6 +27,7 @@ sums. To fold the norm into the weight instead, (s @ W') - mean * sum(W'), would
 Source: Chan, Golub, LeVeque 1979 for the update; pixel_shuffle.py and the projector of the published NVLM-D code.
 """
 
+from functools import partial
 from typing import Optional
 
 import torch
@@ -35,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
+from torch.utils.checkpoint import checkpoint
 
 from nvlm_kernels._backend import triton_op, use_triton
 from nvlm_kernels.ops.gemm import GROUP, grouped_order, tile_sizes
@@ -369,19 +371,22 @@ def _bwd(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
     stats: Tensor,
     z: Tensor,
     version: str,
     gelu: bool,
     has_cls: bool,
-    has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """z: as `_fwd` gives it; one that was not saved is made again."""
     tokens, width = stats.shape[1], x.shape[2]
     dz = dy.view(tokens, weight.shape[0])
+    normed = _norm(x, norm_weight, norm_bias, stats, tokens, version, 0.0, has_cls, False, True)
     if gelu:
-        dz = torch.ops.aten.gelu_backward(dz, z.view(dz.shape))
-    dbias = dz.sum(0) if has_bias else dz.new_empty(0)
-    dweight = dz.T @ _norm(x, norm_weight, norm_bias, stats, tokens, version, 0.0, has_cls, False, True)
+        z = z.view(dz.shape) if z.numel() else F.linear(normed, weight, bias)
+        dz = torch.ops.aten.gelu_backward(dz, z)
+    dbias = dz.new_empty(0) if bias is None else dz.sum(0)
+    dweight = dz.T @ normed
     dnormed = dz @ weight
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if has_cls:
@@ -416,16 +421,15 @@ def _bwd(
 def _save(ctx, inputs, output):
     x, norm_weight, norm_bias, weight, bias, ctx.version, _, ctx.gelu, ctx.has_cls, _, _ = inputs
     _, stats, z = output
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, stats, z)
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, stats, z)
     ctx.mark_non_differentiable(stats, z)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, *_):
-    options = ctx.version, ctx.gelu, ctx.has_cls, ctx.has_bias
-    *grads, dbias = _bwd(dy.contiguous(), *ctx.saved_tensors, *options)
-    return *grads, dbias if ctx.has_bias else None, *[None] * 6
+    saved = ctx.saved_tensors
+    *grads, dbias = _bwd(dy.contiguous(), *saved, ctx.version, ctx.gelu, ctx.has_cls)
+    return *grads, None if saved[4] is None else dbias, *[None] * 6
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
@@ -443,11 +447,13 @@ def pixel_shuffle_project(
     gelu: bool = False,
     has_cls: bool = False,
     strategy: str | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """[N, S*S, C] patches, or [N, 1 + S*S, C] with has_cls, to [N, S*S/4, F] projected image tokens.
 
     norm_weight, norm_bias: [4C]; weight: [F, 4C]; bias: [F] or None; all of x's dtype. version: "v1" or "v2".
     strategy: "fused", "norm_then_gemm" or None, which lets `pick_strategy` choose; it matters where Triton runs.
+    recompute: of what is made here nothing is kept for the backward, which makes it again.
     Raises ValueError on any other shape, dtype, device or name.
     """
     name = "pixel_shuffle_project"
@@ -470,13 +476,15 @@ def pixel_shuffle_project(
     for what, t in {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}.items():
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{name}: {what} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+    inputs = norm_weight, norm_bias, weight, bias
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *inputs))
     if not use_triton(x):
-        options = dict(version=version, eps=eps, gelu=gelu, has_cls=has_cls)
-        return pixel_shuffle_project_ref(x, norm_weight, norm_bias, weight, bias, **options)
+        ref = partial(pixel_shuffle_project_ref, version=version, eps=eps, gelu=gelu, has_cls=has_cls)
+        if recompute and learns:
+            return checkpoint(ref, x, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return ref(x, *inputs)
     if strategy is None:
         strategy = pick_strategy(x.shape[0] * patches // 4, width, weight.shape[0], gelu)
-    inputs = norm_weight, norm_bias, weight, bias
-    save = gelu and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *inputs))
     x = x if x.stride(2) == 1 else x.contiguous()
     inputs = [t if t is None else t.contiguous() for t in inputs]
-    return _fwd(x, *inputs, version, eps, gelu, has_cls, strategy == "fused", save)[0]
+    return _fwd(x, *inputs, version, eps, gelu, has_cls, strategy == "fused", gelu and learns and not recompute)[0]

@@ -184,6 +184,38 @@ def test_bytes_of_fused(grad, memory, device):
     assert sum(loaded) + sum(stored.values()) <= 0.5 * eager
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_recomputed(bias, strategy, dtype, device):
+    inputs = make((3, 6, 40, 72), dtype, device, bias)[: 5 if bias else 4]
+    options = dict(version="v2", eps=1e-5, gelu=True, has_cls=True)
+    ours = partial(pixel_shuffle_project, strategy=strategy, recompute=True, **options)
+    check_op(ours, partial(pixel_shuffle_project_ref, **options), *inputs)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_recomputed_keeps_no_activation(eager, device, monkeypatch):
+    """Of M tokens: nothing as large as z [M, F] or as the shuffled rows [M, 4C], but for x itself."""
+    if eager:
+        monkeypatch.setattr(_backend, "EAGER", True)
+    inputs = [t.requires_grad_() for t in make((2, 8, 64, 96), torch.float32, device)]
+    given = {t.data_ptr() for t in inputs}
+
+    def kept(recompute):
+        sizes = []
+
+        def pack(t):
+            if t.data_ptr() not in given:
+                sizes.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            pixel_shuffle_project(*inputs, version="v2", eps=1e-5, gelu=True, has_cls=True, recompute=recompute)
+        return max(sizes, default=0)
+
+    assert kept(False) >= 32 * 96 > 32 * 2 >= kept(True)
+
+
 @interpreted
 def test_bytes_of_norm_then_gemm(memory, device):
     x, *rest = make((2, 8, 64, 96), torch.float16, device)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not INTERPRET, reason="only the interpreter show
 KEEPS_NOTHING = {
     "pixel_shuffle_project-x-fused": "forward",
     "pixel_shuffle_project-d-fused": "inference",
+    "pixel_shuffle_project-d-recompute": "forward",
     "pixel_shuffle_project-micro": "inference",
 }  # the pass that keeps nothing for a backward
 
@@ -36,7 +37,8 @@ def test_bytes(case, monkeypatch):
                 keys = [of for name, of in row["by_argument"].items() if name.endswith((".k_ptr", ".v_ptr"))]
                 assert len(keys) == 2 and 0 < sum(of["unique_loaded"] for of in keys) <= 1.15 * 2 * 2 * image, what
             continue
-        assert row["memory"] < row["eager"], what
+        again = case.id.endswith("recompute") and row["pass"] == "backward"  # the weight is read again
+        assert row["memory"] < row["eager"] + 1.15 * row["weights"] * again, what
         if case.kind == "stream" and case.op != "pixel_shuffle_project":  # which hands its product to the vendor
             assert row["moved"] <= 1.02 * row["floor"], what
     if case.id in KEEPS_NOTHING:
