@@ -460,32 +460,34 @@ inline vf sums_of_lanes(vf* x) {
         return x[0];
 }
 
-// scores [G][CHUNK]: the products of G heads, no more than HEADS, with n keys, times scale; -inf up to a whole vector.
-// PARTS: vectors of a head, or 0 where D is no multiple of LANES or long.
-template <int KIND, int PARTS>
-void score(const float* q, const void* k, int64_t base, int64_t stride, int64_t n, int64_t G, int64_t D, float scale,
+// scores [G][CHUNK]: the products of G heads with n keys, times scale; -inf up to a whole vector. PARTS: vectors of a
+// head, or 0 where D is no multiple of LANES or long.
+template <int KIND, int G, int PARTS>
+void score(const float* q, const void* k, int64_t base, int64_t stride, int64_t n, int64_t D, float scale,
            float* scores) {
     for (int64_t s = 0; s < n; s += LANES) {
-        vf found[HEADS][LANES] = {};
+        vf found[G][LANES] = {};
         const int64_t num = n - s < LANES ? n - s : LANES;
         for (int64_t i = 0; i < num; i++) {
             const int64_t at = base + (s + i) * stride;
             if constexpr (PARTS > 0) {
-                vf key[PARTS];
-                for (int d = 0; d < PARTS; d++) key[d] = load16<KIND>(k, at + d * LANES);
-                for (int64_t g = 0; g < G; g++) {
-                    vf total = load(q + g * D) * key[0];
-                    for (int d = 1; d < PARTS; d++) total += load(q + g * D + d * LANES) * key[d];
-                    found[g][i] = total;
+                vf total[G];
+                for (int d = 0; d < PARTS; d++) {
+                    const vf key = load16<KIND>(k, at + d * LANES);
+                    for (int g = 0; g < G; g++) {
+                        const vf part = load(q + g * PARTS * LANES + d * LANES);
+                        total[g] = d == 0 ? part * key : total[g] + part * key;
+                    }
                 }
+                for (int g = 0; g < G; g++) found[g][i] = total[g];
             } else {
                 for (int64_t d = 0; d < D; d += LANES) {
                     const vf key = load_head<KIND>(k, at + d, D - d);
-                    for (int64_t g = 0; g < G; g++) found[g][i] += load_head<F32>(q, g * D + d, D - d) * key;
+                    for (int g = 0; g < G; g++) found[g][i] += load_head<F32>(q, g * D + d, D - d) * key;
                 }
             }
         }
-        for (int64_t g = 0; g < G; g++) {
+        for (int g = 0; g < G; g++) {
             vf out = sums_of_lanes(found[g]) * scale;
             for (int64_t i = num; i < LANES; i++) out[i] = -INFINITY;
             store(scores + g * CHUNK + s, out);
@@ -525,17 +527,17 @@ void weigh_all(const float* weights, const void* v, int64_t base, int64_t stride
         }
 }
 
-// One chunk of keys [start, end) for up to HEADS query heads of one kv head: peak, total and acc [D] a head.
-template <int KIND>
-void attend_some(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t n, int64_t G,
-                 int64_t D, float scale, float* part) {
-    float scores[HEADS * CHUNK];
+// One chunk of n keys for G query heads of one kv head: peak, total and acc [D] a head.
+template <int KIND, int G>
+void attend_some(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t n, int64_t D,
+                 float scale, float* part) {
+    float scores[G * CHUNK];
     switch (D) {
-        case 64: score<KIND, 4>(q, k, base, stride, n, G, D, scale, scores); break;
-        case 128: score<KIND, 8>(q, k, base, stride, n, G, D, scale, scores); break;
-        default: score<KIND, 0>(q, k, base, stride, n, G, D, scale, scores);
+        case 64: score<KIND, G, 4>(q, k, base, stride, n, D, scale, scores); break;
+        case 128: score<KIND, G, 8>(q, k, base, stride, n, D, scale, scores); break;
+        default: score<KIND, G, 0>(q, k, base, stride, n, D, scale, scores);
     }
-    for (int64_t g = 0; g < G; g++) {
+    for (int g = 0; g < G; g++) {
         float* row = scores + g * CHUNK;
         vf most = load(row);
         for (int64_t s = LANES; s < n; s += LANES) {
@@ -553,22 +555,23 @@ void attend_some(const float* q, const void* k, const void* v, int64_t base, int
         part[g * (D + 2)] = peak;
         part[g * (D + 2) + 1] = sum(total);
     }
-    static_assert(HEADS == 4, "the switch below has the sizes up to it");
-    switch (G) {
-        case 4: return weigh_all<KIND, 4>(scores, v, base, stride, n, D, part + 2, D + 2);
-        case 3: return weigh_all<KIND, 3>(scores, v, base, stride, n, D, part + 2, D + 2);
-        case 2: return weigh_all<KIND, 2>(scores, v, base, stride, n, D, part + 2, D + 2);
-        case 1: return weigh_all<KIND, 1>(scores, v, base, stride, n, D, part + 2, D + 2);
-    }
+    weigh_all<KIND, G>(scores, v, base, stride, n, D, part + 2, D + 2);
 }
 
-// As above for all G heads.
+// As above for all heads, in groups that share a pass over the keys.
 template <int KIND>
 void attend(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t start, int64_t end,
             int64_t G, int64_t D, float scale, float* part) {
-    for (int64_t g = 0; g < G; g += HEADS)
-        attend_some<KIND>(q + g * D, k, v, base + start * stride, stride, end - start, G - g < HEADS ? G - g : HEADS, D,
-                          scale, part + g * (D + 2));
+    const int64_t n = end - start;
+    base += start * stride;
+    for (; G >= HEADS; G -= HEADS, q += HEADS * D, part += HEADS * (D + 2))
+        attend_some<KIND, HEADS>(q, k, v, base, stride, n, D, scale, part);
+    static_assert(HEADS == 4, "the switch below has the sizes under it");
+    switch (G) {
+        case 3: return attend_some<KIND, 3>(q, k, v, base, stride, n, D, scale, part);
+        case 2: return attend_some<KIND, 2>(q, k, v, base, stride, n, D, scale, part);
+        case 1: return attend_some<KIND, 1>(q, k, v, base, stride, n, D, scale, part);
+    }
 }
 
 // out [B, H * D], rows ldo apart: each row attends to [start, end) of its cache row, chunk by chunk; an empty interval gives 0.
