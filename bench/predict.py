@@ -2,9 +2,9 @@
 
 Every number here is predicted, none measured. A step takes the longer of its bytes at the memory's published rate
 and its flops at the matrix unit's; eager is the sum over the reference's aten ops, the roof the floor of the case (each
-array once, one launch each pass), the least time a perfect kernel could take. Ours has the floor's flops and the bytes
-that `bench.traffic` counted to reach memory, at shapes scaled down, as a share of the floor: what rates its products
-reach, and what a launch takes, no count tells.
+array once, one launch each pass), the least time a perfect kernel could take. Ours has the floor's flops, those of what
+it makes again, and the bytes that `bench.traffic` counted to reach memory, at shapes scaled down, as a share of the
+floor: what rates its products reach, and what a launch takes, no count tells.
 Roof: NVIDIA H100 SXM data sheet, 3.35 TB/s and 989 TFLOP/s dense bf16.
 """
 
@@ -44,7 +44,7 @@ def predict(case: Case) -> list[dict[str, Any]]:
         roof = seconds(num_bytes, flops)
         eager = sum(seconds(step.bytes, step.flops) for step in steps)
         moved = counted()[case.id, name]
-        ours = seconds(num_bytes * moved, flops)
+        ours = seconds(num_bytes * moved, flops + (name == "backward") * call.repeated_flops)
         rows.append(
             {
                 "case": case.id,

@@ -14,7 +14,7 @@ class Call:
 
     forward_bytes, backward_bytes: each array a pass must read once and each it must write once; backward is None where
     nothing is trained through. weight_bytes: what of forward_bytes is weights; the rest is activations. flops:
-    multiply-adds counted twice, of the same passes.
+    multiply-adds counted twice, of the same passes. repeated_flops: what the op's backward makes again beside them.
     """
 
     op: Callable[..., Any]
@@ -25,6 +25,7 @@ class Call:
     weight_bytes: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
+    repeated_flops: int = 0
 
 
 @dataclass(frozen=True)

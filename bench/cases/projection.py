@@ -29,7 +29,8 @@ def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strat
         backward_bytes=moved + y * (1 + kept) + moved + nbytes(x[:, :1]),
         weight_bytes=nbytes(norm_weight, norm_bias, weight),
         forward_flops=flops,
-        backward_flops=(2 + recompute) * flops,
+        backward_flops=2 * flops,
+        repeated_flops=flops if gelu and recompute else 0,
     )
 
 

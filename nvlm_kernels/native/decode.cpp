@@ -38,7 +38,8 @@ enum Ffn : int32_t { NONE = 0, SWIGLU = 1, GELU = 2 };
 
 constexpr int64_t CHUNK = 256;     // keys that one task of attention looks at
 constexpr int64_t HEADS = 4;       // query heads that share a pass over them
-// Bytes between the weights in use and those asked for, into the second and into the first cache.
+// Bytes between the weights in use and those asked for, into the second and into the first cache. Others from 4096, 512
+// to 32768, 4096 were no faster.
 constexpr int64_t FAR = 16384, NEAR = 2048;
 constexpr int64_t GROUP = 32;      // int4 weights that share a scale
 constexpr int64_t BLOCK = 128;     // int4 weights in 64 bytes: nibble j of lane l is weight 16 j + l
@@ -117,6 +118,23 @@ inline void meet() {
             __builtin_ia32_pause();
 #endif
     }
+}
+
+// Lane l of the result is lane at[l], modulo their number, of a table or of two that follow each other.
+inline vf pick(vf table, vi at) {
+#ifdef __clang__
+    return __builtin_shufflevector(table, at);
+#else
+    return __builtin_shuffle(table, at);
+#endif
+}
+
+inline vf pick(vf low, vf high, vi at) {
+#ifdef __clang__
+    return (at & LANES) != 0 ? pick(high, at) : pick(low, at);
+#else
+    return __builtin_shuffle(low, high, at);
+#endif
 }
 
 inline vf load(const float* p) {
@@ -230,7 +248,8 @@ constexpr int TILE = 4;
 // Rows of weights that one pass multiplies, each of a part of the matrix of its own: streams that the processor fetches
 // side by side, while x is read once for all of them. With a tile of x, as many as their sums leave registers for.
 // One row of bf16, 2 cores of an AMD EPYC, share of the speed at which the machine reads: 0.75 with one stream, 0.89 with
-// four where it reads 55 GB/s, 0.91 and 0.97 at 35 GB/s.
+// four where it reads 55 GB/s, 0.91 and 0.97 at 35 GB/s. int8 and int4 have more to compute than to wait for: two rows of
+// int4 take 0.73 of the time of one at a time (16 rows of x), and of int8 a row of x is as fast with two as with four.
 constexpr int streams_of(int kind, bool is_alone) {
     if (kind == I4) return 2;
     return !is_alone ? 3 : kind == I8 ? 2 : 4;
@@ -238,11 +257,11 @@ constexpr int streams_of(int kind, bool is_alone) {
 
 // Columns up to which a row of x stays in the first cache, however much streams through it. Behind that, and with more
 // rows of x, weights have to be asked for in time (53 GB/s against 42 on that EPYC, 4,864 columns); before it the
-// processor does better alone (57 against 54, 896 columns).
+// processor does better alone (57 against 54, 896 columns), with fp32 and bf16.
 constexpr int64_t FEW_COLS = 2048;
 
-// Leaves a number in its register: GCC reads memory again for every product, which costs more than the product.
-inline void hold(vf& x) {
+// With AVX512, leaves a number in its register: GCC reads it again for every product, which costs more than the product.
+inline void hold([[maybe_unused]] vf& x) {
 #ifdef __AVX512F__
     asm("" : "+v"(x));
 #endif
@@ -261,7 +280,7 @@ inline void dot(const Matrix& m, int64_t row, int64_t apart, const float* x, int
             for (int n = 0; n < SUMS; n++) sums[r][b][n] = vf{};
     int64_t i = 0;
     for (; i + SUMS * LANES <= cols; i += SUMS * LANES) {
-        for (int r = 0; r < NR && ASK; r++)
+        for (int r = 0; r < NR && ASK && i * BYTES % 64 == 0; r++)
             for (int64_t line = 0; line < SUMS * LANES * BYTES; line += 64) ask(data[r] + i * BYTES + line);
         for (int n = 0; n < SUMS; n++) {
             vf w[NR];
@@ -324,7 +343,7 @@ inline void dot4(const Matrix& m, int64_t row, int64_t apart, const float* x, in
                 vf w[NR];
                 for (int r = 0; r < NR; r++) {
                     const vf levels = NIBBLES * spread(scales[r][at_scale + group]);
-                    w[r] = __builtin_shuffle(levels, vi(packed[r] >> (8 * group + 4 * n)));
+                    w[r] = pick(levels, vi(packed[r] >> (8 * group + 4 * n)));
                 }
                 for (int b = 0; b < NB; b++) {
                     vf at = load(x + b * ldx + i * BLOCK + group * GROUP + n * LANES);
@@ -356,27 +375,35 @@ inline void product(const Matrix& m, int64_t row, int64_t apart, const float* x,
         for (int b = 0; b < NB; b++) y[b * ldy + row + r * apart] = finish<KIND>(m, row + r * apart, out[r][b]);
 }
 
-// The NR weight rows row + r * apart times all rows of x.
-template <int KIND, int NR, bool ASK>
+// The NR weight rows row + r * apart times all rows of x, of which there is one where IS_ALONE.
+template <int KIND, int NR, bool IS_ALONE, bool ASK>
 inline void products(const Matrix& m, int64_t row, int64_t apart, int64_t B, const float* x, int64_t ldx, float* y,
                      int64_t ldy) {
-    static_assert(TILE == 4, "the switch below has the sizes under it");
-    int64_t b = 0;
-    for (; b + TILE <= B; b += TILE) product<KIND, NR, TILE, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
-    switch (B - b) {
-        case 3: return product<KIND, NR, 3, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
-        case 2: return product<KIND, NR, 2, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
-        case 1: return product<KIND, NR, 1, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
+    if constexpr (IS_ALONE) {
+        product<KIND, NR, 1, ASK>(m, row, apart, x, ldx, y, ldy);
+    } else {
+        static_assert(TILE == 4, "the switch below has the sizes under it");
+        int64_t b = 0;
+        for (; b + TILE <= B; b += TILE)
+            product<KIND, NR, TILE, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
+        switch (B - b) {
+            case 3: return product<KIND, NR, 3, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
+            case 2: return product<KIND, NR, 2, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
+            case 1: return product<KIND, NR, 1, ASK>(m, row, apart, x + b * ldx, ldx, y + b * ldy, ldy);
+        }
     }
 }
 
-// This thread's share of the rows, in NR streams.
-template <int KIND, int NR, bool ASK>
+// This thread's share of the rows, in streams.
+template <int KIND, bool IS_ALONE, bool ASK>
 void share(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
+    constexpr int NR = streams_of(KIND, IS_ALONE);
     const int64_t me = omp_get_thread_num(), first = m.rows * me / team->num, last = m.rows * (me + 1) / team->num;
     const int64_t apart = (last - first) / NR;
-    for (int64_t row = first; row < first + apart; row++) products<KIND, NR, ASK>(m, row, apart, B, x, ldx, y, ldy);
-    for (int64_t row = first + NR * apart; row < last; row++) products<KIND, 1, ASK>(m, row, 0, B, x, ldx, y, ldy);
+    for (int64_t row = first; row < first + apart; row++)
+        products<KIND, NR, IS_ALONE, ASK>(m, row, apart, B, x, ldx, y, ldy);
+    for (int64_t row = first + NR * apart; row < last; row++)
+        products<KIND, 1, IS_ALONE, ASK>(m, row, 0, B, x, ldx, y, ldy);
 }
 
 // A thread's own copy of x in the order of `load_part`: of 2 LANES the even ones before the odd ones.
@@ -390,8 +417,8 @@ const float* unzip(const float* x, int64_t B, int64_t ldx, int64_t cols) {
         int64_t i = 0;
         for (; i + 2 * LANES <= cols; i += 2 * LANES) {
             const vf low = load(from + i), high = load(from + i + LANES);
-            store(to + i, __builtin_shuffle(low, high, even));
-            store(to + i + LANES, __builtin_shuffle(low, high, even + 1));
+            store(to + i, pick(low, high, even));
+            store(to + i + LANES, pick(low, high, even + 1));
         }
         for (; i < cols; i++) to[i] = from[i];
     }
@@ -402,11 +429,11 @@ template <int KIND>
 void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
     if (KIND == BF16) x = unzip(x, B, ldx, m.cols);
     if (B > 1)
-        share<KIND, streams_of(KIND, false), true>(m, B, x, ldx, y, ldy);
-    else if (m.cols > FEW_COLS || KIND == I8 || KIND == I4)
-        share<KIND, streams_of(KIND, true), true>(m, B, x, ldx, y, ldy);
-    else
-        share<KIND, streams_of(KIND, true), false>(m, B, x, ldx, y, ldy);
+        share<KIND, false, true>(m, B, x, ldx, y, ldy);
+    else if (KIND == I8 || KIND == I4 || m.cols > FEW_COLS)
+        share<KIND, true, true>(m, B, x, ldx, y, ldy);
+    else if constexpr (KIND == F32 || KIND == BF16)
+        share<KIND, true, false>(m, B, x, ldx, y, ldy);
     meet();
 }
 
@@ -453,7 +480,7 @@ inline vf sums_of_lanes(vf* x) {
     const vi other = (lane ^ BIT) + (odd & LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < LANES / 2 / BIT; i++)
-        x[i] = (odd ? x[2 * i + 1] : x[2 * i]) + __builtin_shuffle(x[2 * i], x[2 * i + 1], other);
+        x[i] = (odd ? x[2 * i + 1] : x[2 * i]) + pick(x[2 * i], x[2 * i + 1], other);
     if constexpr (2 * BIT < LANES)
         return sums_of_lanes<2 * BIT>(x);
     else

@@ -383,10 +383,10 @@ def _bwd(
     dz = dy.view(tokens, weight.shape[0])
     normed = _norm(x, norm_weight, norm_bias, stats, tokens, version, 0.0, has_cls, False, True)
     if gelu:
-        z = z.view(dz.shape) if z.numel() else F.linear(normed, weight, bias)
-        dz = torch.ops.aten.gelu_backward(dz, z)
+        dz = torch.ops.aten.gelu_backward(dz, z.view(dz.shape) if z.numel() else F.linear(normed, weight, bias))
     dbias = dz.new_empty(0) if bias is None else dz.sum(0)
     dweight = dz.T @ normed
+    del normed  # as large as what is made next
     dnormed = dz @ weight
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if has_cls:
@@ -453,7 +453,7 @@ def pixel_shuffle_project(
 
     norm_weight, norm_bias: [4C]; weight: [F, 4C]; bias: [F] or None; all of x's dtype. version: "v1" or "v2".
     strategy: "fused", "norm_then_gemm" or None, which lets `pick_strategy` choose; it matters where Triton runs.
-    recompute: of what is made here nothing is kept for the backward, which makes it again.
+    recompute: of what is made here two numbers a row at most are kept for the backward, which makes the rest again.
     Raises ValueError on any other shape, dtype, device or name.
     """
     name = "pixel_shuffle_project"

@@ -41,9 +41,9 @@ class Recipe:
     `warmup` steps. muon_lr: the peak at which Muon moves matrices between hidden states, on the same curve; AdamW moves
     all where None.
     decay_norms_and_gates: whether weight decay pulls on norms, biases and gates too. precision: bfloat16 keeps fp32
-    masters of what learns. recompute: activations of decoder layers, and the
-    projector's before its last linear, are made again on the way back. loss_rows: learnt tokens whose logits exist at a
-    time. checkpoint_every, log_every: steps. keep: checkpoints that stay.
+    masters of what learns. recompute: activations of decoder layers, and the projector's up to its GELU where it has no
+    adapters, are made again on the way back. loss_rows: learnt tokens whose logits exist at a time. checkpoint_every,
+    log_every: steps. keep: checkpoints that stay.
     """
 
     model: str

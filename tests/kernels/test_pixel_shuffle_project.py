@@ -283,26 +283,30 @@ def test_rejects(change, message):
         pixel_shuffle_project(**(arguments | dict(version="v2", eps=1e-5, has_cls=True) | change))
 
 
-def opcheck(fused, device, **options):
+def opcheck(fused, save, device, **options):
     inputs = [t.requires_grad_() for t in make((2, 4, 16, 24), torch.float32, device)]
-    torch.library.opcheck(_fwd, (*inputs, "v2", 1e-5, True, True, fused, True), **options)
+    torch.library.opcheck(_fwd, (*inputs, "v2", 1e-5, True, True, fused, save), **options)
 
 
 @interpreted
+@pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_opcheck_without_a_gpu(fused, device):
-    opcheck(fused, device, test_utils=("test_schema", "test_autograd_registration"))
+def test_opcheck_without_a_gpu(fused, save, device):
+    opcheck(fused, save, device, test_utils=("test_schema", "test_autograd_registration"))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_opcheck(fused, device):
-    opcheck(fused, device)
+def test_opcheck(fused, save, device):
+    opcheck(fused, save, device)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_compiles(strategy, dtype, device):
+def test_compiles(strategy, recompute, dtype, device):
     inputs = make((2, 8, 64, 96), dtype, device)
-    op = partial(pixel_shuffle_project, version="v2", eps=1e-5, gelu=True, has_cls=True, strategy=strategy)
+    options = dict(version="v2", eps=1e-5, gelu=True, has_cls=True, strategy=strategy, recompute=recompute)
+    op = partial(pixel_shuffle_project, **options)
     torch.testing.assert_close(torch.compile(op, fullgraph=True)(*inputs), op(*inputs))

@@ -13,7 +13,8 @@ def test_nothing_beats_the_roof(case):
     for row in rows:
         assert row["predicted"] and 0 < row["roof_us"] <= 1.001 * row["eager_us"], row
         # the floor of attention counts rows that see nothing, which are not read
-        assert 0.5 < row["ours_share_of_roof"] < 1.03 and row["ours_us"] < 1.3 * row["eager_us"], row
+        most = 1.5 if case.id.endswith("recompute") else 1.3  # of eager's time: a third product beside two
+        assert 0.5 < row["ours_share_of_roof"] < 1.03 and row["ours_us"] < most * row["eager_us"], row
 
 
 def test_ours_is_the_counted_bytes_at_the_roof():

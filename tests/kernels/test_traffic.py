@@ -23,7 +23,8 @@ KEEPS_NOTHING = {
 def test_bytes(case, monkeypatch):
     """Streaming kernels: 1.02 of the floor, every load counted. The others with an address counted once a launch:
     attention 1.5 of the floor, as splits leave partial sums, and 1.15 of the image keys and values; products less than
-    eager; pixel shuffle in one product, with nothing kept for a backward, half of eager's activations.
+    eager, or than eager and the weight where one is made again; pixel shuffle in one product, with nothing kept for a
+    backward, half of eager's activations.
     """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     rows = measure(case, with_compiled=False)
