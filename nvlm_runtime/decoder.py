@@ -129,9 +129,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
         self.attention: Attention = "sdpa"
-        self.recompute = (
-            False  # in training: a layer's activations are made again on the way back; the projector hears it too
-        )
+        self.recompute = False  # in training, for the projector too: activations are made again on the way back
         if config.tie_word_embeddings:
             self.tie()
 
