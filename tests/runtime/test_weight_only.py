@@ -81,7 +81,7 @@ def test_forward_is_the_dense_product(kind):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "float32", "bfloat16"])
 def test_native_products(library, kind, size, batch):
-    """Against fp64 of the very weights, at most twice the error of torch's fp32 product; a row's bits are its own, in any
+    """Against fp64 of the very weights, at most twice the error of torch's fp32 product; a row's bits its own, in any
     batch and with any number of threads.
     """
     rows, cols = size
