@@ -6,16 +6,15 @@ one, the second half the lower. Each of them holds, as mixed embeddings of the t
 thumbnail, nothing. Cross-attention then finds in a picture what a text model finds in a text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_runtime.image import plan_tiles, tile_pixels
-from nvlm_runtime.micro.document import CHARS, COLOURS, LABELS, SHAPES, SIDE, WORDS, Shape, Tile, draw, make_document
-from nvlm_runtime.micro.tower import ROLES
+from nvlm_runtime.micro.document import CHARS, COLOURS, LABELS, SHAPES, WORDS, Shape, Tile
+from nvlm_runtime.micro.tower import ROLES, TileStream
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.tokenizer import Tokenizer
 
@@ -85,26 +84,6 @@ class Vocabulary:
         return [torch.cat([unit.new_zeros(1, unit.shape[1]), unit]) for unit in units]
 
 
-class TileStream(torch.utils.data.IterableDataset):
-    """Batches of (pixel_values [batch, 3, SIDE, SIDE], targets [batch, fields, P]) from fresh documents, for ever."""
-
-    def __init__(self, split: str, batch: int, vocabulary: Vocabulary):
-        self.split, self.batch, self.vocabulary = split, batch, vocabulary
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        pixels, targets, index = [], [], 0
-        while True:
-            document = make_document(f"{self.split}:{index}")
-            index += 1
-            tiles = tile_pixels(draw(document), plan_tiles(document.width, document.height, SIDE))
-            pixels.extend(tiles)
-            shown = [*document.tiles, *[Tile()] * (len(tiles) - len(document.tiles))]
-            targets.extend(self.vocabulary.target(tile) for tile in shown)
-            if len(pixels) >= self.batch:
-                yield torch.stack(pixels[: self.batch]), torch.stack(targets[: self.batch])
-                pixels, targets = pixels[self.batch :], targets[self.batch :]
-
-
 def reading_loss(image_tokens: Tensor, targets: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
     """image_tokens: [N, P, C]; targets: int64 [N, fields, P]. Returns the loss and a field's share right, of image
     tokens that say something.
@@ -125,7 +104,7 @@ def reading_shares(model: NVLMModel, tokenizer: Tokenizer, split: str, num_tiles
     """A field's share right over tiles of documents of a split, of image tokens that say something."""
     vocabulary = Vocabulary.of(tokenizer, model.config.tokens_per_tile)
     directions = vocabulary.directions(model.language_model.embed_tokens.weight)
-    pixels, targets = next(iter(TileStream(split, num_tiles, vocabulary)))
+    pixels, targets = next(iter(TileStream(split, num_tiles, vocabulary.target, thumbnails=True)))
     return dict(zip(FIELDS, reading_loss(model.project(model.encode(pixels)), targets, directions)[1]))
 
 
@@ -135,7 +114,7 @@ def learn_to_read(
     """Trains tower and projector of a model in fp32, in place."""
     vocabulary = Vocabulary.of(tokenizer, model.config.tokens_per_tile)
     directions = vocabulary.directions(model.language_model.embed_tokens.weight)
-    stream = TileStream(f"reading:{seed}", batch, vocabulary)
+    stream = TileStream(f"reading:{seed}", batch, vocabulary.target, thumbnails=True)
     batches = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1)
     parameters = [*model.vision_model.parameters(), *model.mlp1.parameters()]
     matrices = [p for p in parameters if p.dim() == 2]

@@ -6,6 +6,7 @@ weigh little. The tower is frozen afterwards, as in the paper; the heads only he
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,17 +54,22 @@ def dense_target(tile: Tile, side: int) -> Tensor:
     return target.flatten(1)
 
 
-def document_tiles(document: Document) -> Tensor:
-    """The regular tiles of a document as the model sees them: [cols*rows, 3, SIDE, SIDE]."""
+def document_tiles(document: Document, thumbnail: bool = False) -> Tensor:
+    """The regular tiles of a document as the model sees them, and the thumbnail where it has one and it is asked for:
+    [cols*rows (+ 1), 3, SIDE, SIDE].
+    """
     plan = plan_tiles(document.width, document.height, SIDE)
-    return tile_pixels(draw(document), plan)[: plan.num_regular]
+    tiles = tile_pixels(draw(document), plan)
+    return tiles if thumbnail else tiles[: plan.num_regular]
 
 
 class TileStream(torch.utils.data.IterableDataset):
-    """Batches of (pixel_values [batch, 3, SIDE, SIDE], targets [batch, 5, P]) from fresh documents, for ever."""
+    """Batches of (pixel_values [batch, 3, SIDE, SIDE], targets [batch, *]) from fresh documents, for ever. target: of a
+    tile; of a thumbnail, where they are asked for, that of an empty one.
+    """
 
-    def __init__(self, split: str, batch: int, side: int):
-        self.split, self.batch, self.side = split, batch, side
+    def __init__(self, split: str, batch: int, target: Callable[[Tile], Tensor], thumbnails: bool = False):
+        self.split, self.batch, self.target, self.thumbnails = split, batch, target, thumbnails
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = torch.utils.data.get_worker_info()
@@ -72,8 +78,10 @@ class TileStream(torch.utils.data.IterableDataset):
         while True:
             document = make_document(f"{self.split}:{index}")
             index += step
-            pixels.extend(document_tiles(document))
-            targets.extend(dense_target(tile, self.side) for tile in document.tiles)
+            tiles = document_tiles(document, self.thumbnails)
+            pixels.extend(tiles)
+            shown = [*document.tiles, *[Tile()] * (len(tiles) - len(document.tiles))]
+            targets.extend(self.target(tile) for tile in shown)
             if len(pixels) >= self.batch:
                 yield torch.stack(pixels[: self.batch]), torch.stack(targets[: self.batch])
                 pixels, targets = pixels[self.batch :], targets[self.batch :]
@@ -147,7 +155,7 @@ def fit_heads(
 
 
 def _batches(config: VisionConfig, seed: int, batch: int) -> Iterable[tuple[Tensor, Tensor]]:
-    stream = TileStream(f"tower:{seed}", batch, config.image_size // config.patch_size)
+    stream = TileStream(f"tower:{seed}", batch, partial(dense_target, side=config.image_size // config.patch_size))
     return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1)
 
 

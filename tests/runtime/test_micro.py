@@ -174,7 +174,7 @@ def test_heads_are_fitted_to_the_shipped_tower(tmp_path, monkeypatch):
     tower, heads = InternViT(MICRO_VISION).eval(), DenseHeads(MICRO_VISION.hidden_size)
     tower.load_state_dict(found["tower"])
     heads.load_state_dict(found["heads"])
-    pixels, targets = next(iter(TileStream("unseen", 64, 8)))
+    pixels, targets = next(iter(TileStream("unseen", 64, partial(dense_target, side=8))))
     with torch.inference_mode():
         shares = accuracy(heads(tower(pixels)), targets)
     assert min(shares.values()) > 0.9, shares

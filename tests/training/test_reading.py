@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bench.reading import FIELDS, TileStream, Vocabulary, reading_loss
+from bench.reading import FIELDS, Vocabulary, reading_loss
 from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.micro.document import COLOURS, LABELS, Line, Shape, Tile
-from nvlm_runtime.micro.tower import ROLES
+from nvlm_runtime.micro.tower import ROLES, TileStream
 from nvlm_runtime.tokenizer import Tokenizer
 
 
@@ -49,7 +49,7 @@ def test_a_shape_says_its_name(vocabulary, tokenizer):
 
 
 def test_thumbnails_say_nothing(vocabulary):
-    pixels, targets = next(iter(TileStream("train", 30, vocabulary)))
+    pixels, targets = next(iter(TileStream("train", 30, vocabulary.target, thumbnails=True)))
     assert pixels.shape == (30, 3, 64, 64) and targets.shape == (30, len(FIELDS), 16)
     silent = (targets == 0).all(-1).all(-1)
     assert silent.any() and not silent.all()
