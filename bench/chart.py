@@ -1,5 +1,8 @@
-"""The bench's pictures: milliseconds a token against the context, tokens a second against the batch."""
+"""The bench's pictures: milliseconds a token against the context, tokens a second against the batch; and bars."""
 
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,29 @@ def _ticks(axis: Any, values: list[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(values, [f"{value:,}" for value in values])
     axis.xaxis.set_minor_locator(NullLocator())
+
+
+def picture_path(word: str) -> Path:
+    """For argparse: a file to draw into, refused where there is no matplotlib, before any work is done."""
+    try:
+        check_matplotlib()
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+    return Path(word)
+
+
+@contextmanager
+def one_axis(path: Path, width: float = 7.0) -> Iterator[Any]:
+    """The axis of a picture that is written to `path` at the end. width: inches. ValueError without matplotlib."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure.subplots()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.chart import COLOURS, one_axis, picture_path
 from bench.reading import learn_to_read, reading_shares
 from bench.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
@@ -174,6 +175,22 @@ def show(rows: Sequence[dict]) -> str:
     return table(("", "trained", "steps", "exact", *KINDS, "thumbnail alone"), cells)
 
 
+def draw(rows: Sequence[dict], path: Path) -> None:
+    """Exact answers by kind, of all, and with the thumbnail alone. ValueError without matplotlib."""
+    names = [*KINDS, "all", "thumbnail alone"]
+    with one_axis(path, 9.0) as axis:
+        for number, row in enumerate(rows):
+            kinds = {kind: right / asked for kind, (asked, right) in row["kinds"].items()}
+            shares = kinds | {"all": row["accuracy"], "thumbnail alone": row["thumbnail_alone"]}
+            at = [place + 0.4 * (number - (len(rows) - 1) / 2) for place in range(len(names))]
+            label = f"NVLM-{row['variant'].upper()}, {row['steps'][0]} + {row['steps'][1]:,} steps"
+            axis.bar(at, [100 * shares.get(name, 0.0) for name in names], 0.38, color=COLOURS[1 + number], label=label)
+        axis.set_xticks(range(len(names)), names)
+        axis.set(ylabel="exact answers, %", title="Frozen SmolLM2-135M-Instruct")
+        axis.set_ylim(0, 115)
+        axis.legend(frameon=False, ncols=2, loc="upper right")
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.smol", description=__doc__.splitlines()[0])
     made.add_argument("--variant", choices=("x", "h"), required=True)
@@ -195,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--reading-steps", type=int, default=1000, help="of 128 tiles (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, default=RESULTS / "smol.json", help="(default: %(default)s)")
+    made.add_argument("--png", type=picture_path, help="all rows of --json as bars (needs matplotlib)")
     return made
 
 
@@ -216,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.json, {"bench": "smol", "setting": setting(), "rows": rows})
     print(show(rows))
+    if args.png:
+        draw(rows, args.png)
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench.chart import COLOURS, one_axis, picture_path
 from bench.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.micro.document import GRIDS
@@ -119,25 +120,16 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Exact answers a format: bars of means, a dot a seed. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from bench.chart import COLOURS
-
+    """Exact answers a format: bars of means, a dot a seed. ValueError without matplotlib."""
     found = summary(rows)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for at, row in enumerate(found):
-        axis.bar(at, 100 * row["mean"], 0.6, color=COLOURS[1 if row["variant"] == "d" else 3])
-        mine = [100 * r["accuracy"] for r in rows if (r["variant"], r["tags"]) == (row["variant"], row["tags"])]
-        axis.plot([at] * len(mine), mine, "o", color="black", ms=4)
-    axis.set_xticks(range(len(found)), [f"NVLM-{row['variant'].upper()}\n{row['tags']}" for row in found])
-    axis.set(ylabel="exact answers, %", title="Tile tags")
-    axis.set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with one_axis(path) as axis:
+        for at, row in enumerate(found):
+            axis.bar(at, 100 * row["mean"], 0.6, color=COLOURS[1 if row["variant"] == "d" else 3])
+            mine = [100 * r["accuracy"] for r in rows if (r["variant"], r["tags"]) == (row["variant"], row["tags"])]
+            axis.plot([at] * len(mine), mine, "o", color="black", ms=4)
+        axis.set_xticks(range(len(found)), [f"NVLM-{row['variant'].upper()}\n{row['tags']}" for row in found])
+        axis.set(ylabel="exact answers, %", title="Tile tags")
+        axis.set_ylim(bottom=0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tower-steps", type=int, default=0, help="as of nvlm train micro (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, default=RESULTS / "tile_tags.json", help="(default: %(default)s)")
-    made.add_argument("--png", type=Path, help="exact answers as bars (needs matplotlib)")
+    made.add_argument("--png", type=picture_path, help="exact answers as bars (needs matplotlib)")
     return made
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bench.chart import COLOURS, one_axis
 from bench.report import RESULTS, table, write
 from bench.synthetic import full_tokenizer, random_model
 from bench.train_contestants import PLANNED_ROWS, SEQ_LEN, Contestant, Figures
@@ -234,28 +235,18 @@ def targets(row: dict[str, Any]) -> list[str]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Speeds of the variants, NVLM-D's being 1, beside the paper's. ValueError without matplotlib."""
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from bench.chart import COLOURS
-
     by_name = {row["contestant"]: row["ratio"]["documents_per_s"] for row in rows if row["part"] == "variants"}
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for at, name in enumerate(by_name):
-        ours = by_name[name]
-        spread = [[ours["p50"] - ours["p20"]], [ours["p80"] - ours["p50"]]]
-        first = {"label": "this bench"} if not at else {}
-        second = {"label": "paper, table 3"} if not at else {}
-        axis.bar(at - 0.2, ours["p50"], 0.38, yerr=spread, capsize=4, color=COLOURS[1], **first)
-        axis.bar(at + 0.2, PAPER[name] / PAPER["d"], 0.38, color=COLOURS[0], **second)
-    axis.set_xticks(range(len(by_name)), [f"NVLM-{name.upper()}" for name in by_name])
-    axis.set(ylabel="documents/s, NVLM-D's = 1", title="Training speed")
-    axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with one_axis(path, 5.5) as axis:
+        for at, name in enumerate(by_name):
+            ours = by_name[name]
+            spread = [[ours["p50"] - ours["p20"]], [ours["p80"] - ours["p50"]]]
+            first = {"label": "this bench"} if not at else {}
+            second = {"label": "paper, table 3"} if not at else {}
+            axis.bar(at - 0.2, ours["p50"], 0.38, yerr=spread, capsize=4, color=COLOURS[1], **first)
+            axis.bar(at + 0.2, PAPER[name] / PAPER["d"], 0.38, color=COLOURS[0], **second)
+        axis.set_xticks(range(len(by_name)), [f"NVLM-{name.upper()}" for name in by_name])
+        axis.set(ylabel="documents/s, NVLM-D's = 1", title="Training speed")
+        axis.legend(frameon=False)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from bench import smol
@@ -45,7 +46,9 @@ def test_the_text_model_is_not_changed_by_a_bit(text, tmp_path, monkeypatch, cap
     assert smol.main(words(text, tmp_path, "x")) == 143 and "goes on from there" in capsys.readouterr().out
     assert smol.main(words(text, tmp_path, "x")) == 0
     assert [recipe.out.rpartition("/")[2] for recipe in told] == ["pretraining", "fine-tuning", "fine-tuning"]
-    assert smol.main([*words(text, tmp_path, "h"), "--precision", "bfloat16"]) == 0
+    assert smol.main([*words(text, tmp_path, "h"), "--precision", "bfloat16", "--png", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > 600
     rows = json.loads((tmp_path / "smol.json").read_text())["rows"]
     assert [(row["variant"], row["precision"]) for row in rows] == [("x", "float32"), ("h", "bfloat16")]
     assert all(row["samples"] == 3 for row in rows)

@@ -1,9 +1,11 @@
 """bench.text_only: what it holds out is never trained on, and its rows say what the models say."""
 
 import json
+import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from bench import text_only
 from nvlm_runtime.training.rows import JsonLines
@@ -24,7 +26,10 @@ def test_held_out_pages_are_no_training_rows(tmp_path):
 
 def test_a_run_on_a_small_text_model(tmp_path, monkeypatch, capsys):
     words = ["--text", small_text(tmp_path, monkeypatch), "--steps", "2", "--documents", "12", "--pages", "3"]
-    assert text_only.main([*words, "--threads", "1", "--json", str(tmp_path / "a.json")]) == 0
+    words += ["--threads", "1", "--png", str(tmp_path / "a.png")]
+    assert text_only.main([*words, "--json", str(tmp_path / "a.json")]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > 600
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     before, alone, both, frozen = rows
     assert [row["arm"] for row in rows] == ["before", *text_only.ARMS, "NVLM-X, text model frozen"]
@@ -33,6 +38,13 @@ def test_a_run_on_a_small_text_model(tmp_path, monkeypatch, capsys):
         assert row["moved"]["mean"] != 0 and row["moved"]["p20"] <= row["moved"]["p80"]
         assert row["held_out_loss"] == pytest.approx(before["held_out_loss"] + row["moved"]["mean"])
     assert "NVLM-X, text model frozen" in capsys.readouterr().out
+
+
+def test_a_picture_is_refused_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        text_only.main(["--png", "a.png"])
+    assert "a picture needs matplotlib" in capsys.readouterr().err
 
 
 def test_a_changed_text_model_has_other_bits(tmp_path, monkeypatch):
