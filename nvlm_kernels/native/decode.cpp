@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -37,8 +38,10 @@ enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 enum Ffn : int32_t { NONE = 0, SWIGLU = 1, GELU = 2 };
 
 constexpr int64_t CHUNK = 256;     // keys that one task of attention looks at
-constexpr int64_t HEADS = 4;       // query heads that share a pass over them
-constexpr int64_t AHEAD = 32;      // keys between those in use and those asked for
+constexpr int64_t HEADS = 8;       // query heads that share a pass over them
+constexpr int MOST_STREAMS = 4;    // that a thread reads side by side
+constexpr int64_t PIECE = 32768;   // bytes of weights that a thread takes at a time
+constexpr int64_t WAITING = 262144;  // bytes of weights that a thread asks for while it waits: a part of its second cache
 // Bytes between the weights in use and those asked for, into the second and into the first cache. Others from 4096, 512
 // to 32768, 4096 were no faster, with one stream.
 constexpr int64_t FAR = 16384, NEAR = 2048;
@@ -98,11 +101,39 @@ namespace {
 // soon as the process has more threads than cores, and waking it takes longer than the work: 2.8 ms against 0.7 a step
 // of 9 MB of weights. This one spins, and lets others run after a while.
 struct Team {
+    // Of a product, a thread's share: pieces taken, and those of them that other threads took.
+    struct alignas(128) Range {
+        std::atomic<int64_t> taken{0}, stolen{0};
+    };
+
     const int num;
+    std::vector<Range> ranges[2];  // of this product's threads, and of the next one's
     std::atomic<int> come{0}, round{0};
+
+    explicit Team(int num) : num(num), ranges{std::vector<Range>(num), std::vector<Range>(num)} {}
 };
 
 thread_local Team* team = nullptr;
+thread_local int turn = 0;  // which of the ranges are this product's
+
+// What a thread reads next, stream by stream. It asks for that while it waits and while it computes, and the memory is
+// never idle.
+struct Next {
+    const char* at[MOST_STREAMS] = {};
+    int num = 0;
+    int64_t left = 0;  // bytes of each
+};
+
+thread_local Next next;
+
+// Asks for as many lines of each stream, into the second cache.
+inline void ask_ahead(Next& ahead, int64_t lines) {
+    for (; lines > 0 && ahead.left > 0; lines--, ahead.left -= 64)
+        for (int i = 0; i < ahead.num; i++) {
+            __builtin_prefetch(ahead.at[i], 0, 2);
+            ahead.at[i] += 64;
+        }
+}
 
 inline void meet() {
     const int round = team->round.load(std::memory_order_relaxed);
@@ -111,8 +142,11 @@ inline void meet() {
         team->round.store(round + 1, std::memory_order_release);
         return;
     }
+    Next& ahead = next;
     for (int spins = 0; team->round.load(std::memory_order_acquire) == round; spins++) {
-        if (spins > 20000)
+        if (ahead.left > 0)
+            ask_ahead(ahead, 1);
+        else if (spins > 20000)
             std::this_thread::yield();
 #ifdef __x86_64__
         else
@@ -397,16 +431,57 @@ inline void products(const Matrix& m, int64_t row, int64_t apart, int64_t B, con
     }
 }
 
-// This thread's share of the rows, in streams.
+// A thread's rows, in streams `apart` rows from each other, and what the division leaves.
+struct Share {
+    int64_t first, last, apart;
+};
+
+inline Share share_of(const Matrix& m, int streams, int thread) {
+    const int64_t first = m.rows * thread / team->num, last = m.rows * (thread + 1) / team->num;
+    return {first, last, (last - first) / streams};
+}
+
+inline int64_t row_bytes(const Matrix& m) {
+    if (m.kind == I4) return (m.cols + BLOCK - 1) / BLOCK * 64;
+    return m.cols * (m.kind == F32 ? 4 : m.kind == BF16 ? 2 : 1);
+}
+
+// The beginning of this thread's share of a matrix that B rows are multiplied with.
+Next weights_of(const Matrix& m, int64_t B) {
+    Next out;
+    out.num = streams_of(m.kind, B == 1);
+    const Share share = share_of(m, out.num, omp_get_thread_num());
+    for (int i = 0; i < out.num; i++)
+        out.at[i] = static_cast<const char*>(m.data) + (share.first + i * share.apart) * row_bytes(m);
+    out.left = std::min(share.apart * row_bytes(m), WAITING / out.num);
+    return out;
+}
+
+// This thread's share of the rows, from its beginning on, and then what others have left of theirs, from the end on.
 template <int KIND, bool IS_ALONE, bool ASK>
 void share(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
     constexpr int NR = streams_of(KIND, IS_ALONE);
-    const int64_t me = omp_get_thread_num(), first = m.rows * me / team->num, last = m.rows * (me + 1) / team->num;
-    const int64_t apart = (last - first) / NR;
-    for (int64_t row = first; row < first + apart; row++)
-        products<KIND, NR, IS_ALONE, ASK>(m, row, apart, B, x, ldx, y, ldy);
-    for (int64_t row = first + NR * apart; row < last; row++)
-        products<KIND, 1, IS_ALONE, ASK>(m, row, 0, B, x, ldx, y, ldy);
+    static_assert(NR <= MOST_STREAMS, "Next has room for as many");
+    const int64_t piece = std::max<int64_t>(1, PIECE / (NR * row_bytes(m)));  // rows of a stream
+    const int me = omp_get_thread_num();
+    std::vector<Team::Range>& ranges = team->ranges[turn];
+    turn ^= 1;
+    team->ranges[turn][me].taken.store(0, std::memory_order_relaxed);
+    team->ranges[turn][me].stolen.store(0, std::memory_order_relaxed);
+    for (int ahead = 0; ahead < team->num; ahead++) {
+        const int owner = (me + ahead) % team->num;
+        Team::Range& range = ranges[owner];
+        const auto [first, last, apart] = share_of(m, NR, owner);
+        const int64_t pieces = (apart + piece - 1) / piece;
+        for (int64_t row = first + NR * apart; row < last && owner == me; row++)
+            products<KIND, 1, IS_ALONE, ASK>(m, row, 0, B, x, ldx, y, ldy);
+        for (int64_t mine = 0; range.taken.fetch_add(1, std::memory_order_relaxed) < pieces; mine++) {
+            const int64_t i = owner == me ? mine : pieces - 1 - range.stolen.fetch_add(1, std::memory_order_relaxed);
+            const int64_t end = first + std::min((i + 1) * piece, apart);
+            for (int64_t row = first + i * piece; row < end; row++)
+                products<KIND, NR, IS_ALONE, ASK>(m, row, apart, B, x, ldx, y, ldy);
+        }
+    }
 }
 
 // A thread's own copy of x in the order of `load_part`: of 2 LANES the even ones before the odd ones.
@@ -429,7 +504,7 @@ const float* unzip(const float* x, int64_t B, int64_t ldx, int64_t cols) {
 }
 
 template <int KIND>
-void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
+void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy, const Next& then) {
     if (KIND == BF16) x = unzip(x, B, ldx, m.cols);
     if (B > 1)
         share<KIND, false, true>(m, B, x, ldx, y, ldy);
@@ -437,16 +512,17 @@ void linear_of(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y
         share<KIND, true, true>(m, B, x, ldx, y, ldy);
     else if constexpr (KIND == F32 || KIND == BF16)
         share<KIND, true, false>(m, B, x, ldx, y, ldy);
+    next = then;
     meet();
 }
 
-// y [B, rows] = x [B, cols] W^T + bias, by all threads, which wait for each other at the end.
-void linear(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy) {
+// y [B, rows] = x [B, cols] W^T + bias, by all threads, which wait for each other at the end. then: what is read next.
+void linear(const Matrix& m, int64_t B, const float* x, int64_t ldx, float* y, int64_t ldy, const Next& then) {
     switch (m.kind) {
-        case F32: return linear_of<F32>(m, B, x, ldx, y, ldy);
-        case BF16: return linear_of<BF16>(m, B, x, ldx, y, ldy);
-        case I8: return linear_of<I8>(m, B, x, ldx, y, ldy);
-        case I4: return linear_of<I4>(m, B, x, ldx, y, ldy);
+        case F32: return linear_of<F32>(m, B, x, ldx, y, ldy, then);
+        case BF16: return linear_of<BF16>(m, B, x, ldx, y, ldy, then);
+        case I8: return linear_of<I8>(m, B, x, ldx, y, ldy, then);
+        case I4: return linear_of<I4>(m, B, x, ldx, y, ldy, then);
     }
 }
 
@@ -465,104 +541,94 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t B, int64_t
     meet();
 }
 
-// A head's LANES values from `at`, the last of D ones padded with zeros.
-template <int KIND>
-inline vf load_head(const void* data, int64_t at, int64_t left) {
-    if (left >= LANES) return load16<KIND>(data, at);
-    float some[LANES] = {};
-    for (int64_t i = 0; i < left; i++) some[i] = load1<KIND>(data, at + i);
-    return load(some);
-}
-
-// Asks for PARTS vectors of a head's key or value, AHEAD slots behind `at`: the processor does not see what is read next
-// where other heads lie between. With that and a thread at all heads of a chunk, attention to 8,192 keys of two heads
-// takes 8.5 ms of a step on the EPYC of `streams_of`, 10.6 to 14.5 without.
-template <int KIND, int PARTS>
-inline void ask_slot(const void* data, int64_t at, int64_t stride) {
-    constexpr int64_t BYTES = KIND == F32 ? 4 : 2;
-    const char* first = static_cast<const char*>(data) + (at + AHEAD * stride) * BYTES;
-    for (int64_t line = 0; line < PARTS * LANES * BYTES; line += 64) __builtin_prefetch(first + line, 0, 3);
-}
-
-// Lane l of out is the sum of x[l], for x[0] to x[LANES - 1]: two vectors become one that holds halves of both, again and
-// again. x is written over.
+// x[i][l] and x[l][i] change places, a bit of i and l after the other.
 template <int BIT = 1>
-inline vf sums_of_lanes(vf* x) {
+inline void transpose(vf (&x)[LANES]) {
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vi odd = (lane & BIT) != 0;
-    const vi other = (lane ^ BIT) + (odd & LANES);
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES / 2 / BIT; i++)
-        x[i] = (odd ? x[2 * i + 1] : x[2 * i]) + pick(x[2 * i], x[2 * i + 1], other);
-    if constexpr (2 * BIT < LANES)
-        return sums_of_lanes<2 * BIT>(x);
-    else
-        return x[0];
+    const vi low = odd ? LANES + (lane ^ BIT) : lane, high = odd ? LANES + lane : lane ^ BIT;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & BIT)) {
+            const vf first = x[i], second = x[i | BIT];
+            x[i] = pick(first, second, low);
+            x[i | BIT] = pick(first, second, high);
+        }
+    if constexpr (2 * BIT < LANES) transpose<2 * BIT>(x);
 }
 
-// scores [G][CHUNK]: the products of G heads with n keys, times scale; -inf up to a whole vector. PARTS: vectors of a
-// head, or 0 where D is no multiple of LANES or long.
-template <int KIND, int G, int PARTS>
+// total [G][SPLIT] += q[g D + j] times number j of sixteen keys, j < width. keys: transposed, a lane of 32 bits holds one
+// fp32 number or two of bf16.
+template <int KIND, int G, int SPLIT>
+inline void add_products(const float* q, int64_t D, const vf (&keys)[LANES], int64_t width, vf (&total)[G][SPLIT]) {
+#pragma GCC unroll 32
+    for (int64_t j = 0; j < width; j++) {
+        const vf key = KIND == F32 ? keys[j] : vf(j % 2 ? vu(keys[j / 2]) & 0xffff0000u : vu(keys[j / 2]) << 16);
+        for (int g = 0; g < G; g++) total[g][j % SPLIT] += spread(q[g * D + j]) * key;
+    }
+}
+
+// scores [G][CHUNK]: the products of G heads with n keys, times scale; -inf up to a whole vector.
+template <int KIND, int G>
 void score(const float* q, const void* k, int64_t base, int64_t stride, int64_t n, int64_t D, float scale,
-           float* scores) {
+           float* scores, Next& ahead) {
+    constexpr int64_t BYTES = KIND == F32 ? 4 : 2, WIDTH = 64 / BYTES;
+    constexpr int SPLIT = G <= 4 ? 2 : 1;  // enough sums that adds do not wait for each other
+    const char* data = static_cast<const char*>(k) + base * BYTES;
     for (int64_t s = 0; s < n; s += LANES) {
-        vf found[G][LANES] = {};
-        const int64_t num = n - s < LANES ? n - s : LANES;
-        for (int64_t i = 0; i < num; i++) {
-            const int64_t at = base + (s + i) * stride;
-            if constexpr (PARTS > 0) {
-                ask_slot<KIND, PARTS>(k, at, stride);
-                vf total[G];
-                for (int d = 0; d < PARTS; d++) {
-                    const vf key = load16<KIND>(k, at + d * LANES);
-                    for (int g = 0; g < G; g++) {
-                        const vf part = load(q + g * PARTS * LANES + d * LANES);
-                        total[g] = d == 0 ? part * key : total[g] + part * key;
-                    }
-                }
-                for (int g = 0; g < G; g++) found[g][i] = total[g];
+        const int64_t num = std::min<int64_t>(n - s, LANES);
+        vf total[G][SPLIT] = {};
+        for (int64_t d = 0; d < D; d += WIDTH) {
+            const char* at = data + (s * stride + d) * BYTES;
+            vf keys[LANES] = {};
+            ask_ahead(ahead, LANES);
+            if (num == LANES && d + WIDTH <= D) {
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) std::memcpy(&keys[i], at + i * stride * BYTES, sizeof keys[i]);
+                transpose(keys);
+                add_products<KIND, G, SPLIT>(q + d, D, keys, WIDTH, total);
             } else {
-                for (int64_t d = 0; d < D; d += LANES) {
-                    const vf key = load_head<KIND>(k, at + d, D - d);
-                    for (int g = 0; g < G; g++) found[g][i] += load_head<F32>(q, g * D + d, D - d) * key;
-                }
+                const int64_t width = std::min(D - d, WIDTH);
+                for (int64_t i = 0; i < num; i++) std::memcpy(&keys[i], at + i * stride * BYTES, width * BYTES);
+                transpose(keys);
+                add_products<KIND, G, SPLIT>(q + d, D, keys, width, total);
             }
         }
         for (int g = 0; g < G; g++) {
-            vf out = sums_of_lanes(found[g]) * scale;
+            vf out = (SPLIT == 2 ? total[g][0] + total[g][SPLIT - 1] : total[g][0]) * scale;
             for (int64_t i = num; i < LANES; i++) out[i] = -INFINITY;
             store(scores + g * CHUNK + s, out);
         }
     }
 }
 
-// acc [GB][LANES * DB], rows `ld` apart: the values of n keys times GB heads' weights, DB vectors of their D at a time.
-template <int KIND, int GB, int DB>
+// acc [G][2 LANES], rows `ld` apart: the values of n keys times G heads' weights, 2 LANES of their D.
+template <int KIND, int G>
 inline void weigh(const float* weights, const void* v, int64_t base, int64_t stride, int64_t n, float* acc, int64_t ld) {
-    vf sums[GB][DB];
-    for (int g = 0; g < GB; g++)
-        for (int d = 0; d < DB; d++) sums[g][d] = vf{};
+    vf sums[G][2] = {};
     for (int64_t s = 0; s < n; s++) {
-        ask_slot<KIND, DB>(v, base + s * stride, stride);
-        vf value[DB];
-        for (int d = 0; d < DB; d++) value[d] = load16<KIND>(v, base + s * stride + d * LANES);
-        for (int g = 0; g < GB; g++) {
+        const vf first = load_part<KIND>(v, base + s * stride, 0), second = load_part<KIND>(v, base + s * stride, 1);
+        for (int g = 0; g < G; g++) {
             const vf weight = spread(weights[g * CHUNK + s]);
-            for (int d = 0; d < DB; d++) sums[g][d] += weight * value[d];
+            sums[g][0] += weight * first;
+            sums[g][1] += weight * second;
         }
     }
-    for (int g = 0; g < GB; g++)
-        for (int d = 0; d < DB; d++) store(acc + g * ld + d * LANES, sums[g][d]);
+    const vi zip = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    for (int g = 0; g < G; g++) {
+        const auto [first, second] = sums[g];
+        store(acc + g * ld, KIND == F32 ? first : pick(first, second, zip));
+        store(acc + g * ld + LANES, KIND == F32 ? second : pick(first, second, zip + LANES / 2));
+    }
 }
 
-template <int KIND, int GB>
+template <int KIND, int G>
 void weigh_all(const float* weights, const void* v, int64_t base, int64_t stride, int64_t n, int64_t D, float* acc,
                int64_t ld) {
     int64_t d = 0;
-    for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<KIND, GB, 4>(weights, v, base + d, stride, n, acc + d, ld);
-    for (; d + LANES <= D; d += LANES) weigh<KIND, GB, 1>(weights, v, base + d, stride, n, acc + d, ld);
+    for (; d + 2 * LANES <= D; d += 2 * LANES) weigh<KIND, G>(weights, v, base + d, stride, n, acc + d, ld);
     for (; d < D; d++)
-        for (int g = 0; g < GB; g++) {
+        for (int g = 0; g < G; g++) {
             float total = 0;
             for (int64_t s = 0; s < n; s++) total += weights[g * CHUNK + s] * load1<KIND>(v, base + s * stride + d);
             acc[g * ld + d] = total;
@@ -572,13 +638,9 @@ void weigh_all(const float* weights, const void* v, int64_t base, int64_t stride
 // One chunk of n keys for G query heads of one kv head: peak, total and acc [D] a head.
 template <int KIND, int G>
 void attend_some(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t n, int64_t D,
-                 float scale, float* part) {
+                 float scale, float* part, Next& ahead) {
     float scores[G * CHUNK];
-    switch (D) {
-        case 64: score<KIND, G, 4>(q, k, base, stride, n, D, scale, scores); break;
-        case 128: score<KIND, G, 8>(q, k, base, stride, n, D, scale, scores); break;
-        default: score<KIND, G, 0>(q, k, base, stride, n, D, scale, scores);
-    }
+    score<KIND, G>(q, k, base, stride, n, D, scale, scores, ahead);
     for (int g = 0; g < G; g++) {
         float* row = scores + g * CHUNK;
         vf most = load(row);
@@ -602,54 +664,89 @@ void attend_some(const float* q, const void* k, const void* v, int64_t base, int
 
 // As above for all heads, in groups that share a pass over the keys.
 template <int KIND>
-void attend(const float* q, const void* k, const void* v, int64_t base, int64_t stride, int64_t start, int64_t end,
-            int64_t G, int64_t D, float scale, float* part) {
-    const int64_t n = end - start;
-    base += start * stride;
+void attend(const float* q, const Cache& cache, int64_t base, int64_t n, int64_t G, int64_t D, float scale, float* part,
+            Next& ahead) {
+    const void *k = cache.k, *v = cache.v;
+    const int64_t stride = cache.stride_slot;
     for (; G >= HEADS; G -= HEADS, q += HEADS * D, part += HEADS * (D + 2))
-        attend_some<KIND, HEADS>(q, k, v, base, stride, n, D, scale, part);
-    static_assert(HEADS == 4, "the switch below has the sizes under it");
+        attend_some<KIND, HEADS>(q, k, v, base, stride, n, D, scale, part, ahead);
+    static_assert(HEADS == 8, "the switch below has the sizes under it");
     switch (G) {
-        case 3: return attend_some<KIND, 3>(q, k, v, base, stride, n, D, scale, part);
-        case 2: return attend_some<KIND, 2>(q, k, v, base, stride, n, D, scale, part);
-        case 1: return attend_some<KIND, 1>(q, k, v, base, stride, n, D, scale, part);
+        case 7: return attend_some<KIND, 7>(q, k, v, base, stride, n, D, scale, part, ahead);
+        case 6: return attend_some<KIND, 6>(q, k, v, base, stride, n, D, scale, part, ahead);
+        case 5: return attend_some<KIND, 5>(q, k, v, base, stride, n, D, scale, part, ahead);
+        case 4: return attend_some<KIND, 4>(q, k, v, base, stride, n, D, scale, part, ahead);
+        case 3: return attend_some<KIND, 3>(q, k, v, base, stride, n, D, scale, part, ahead);
+        case 2: return attend_some<KIND, 2>(q, k, v, base, stride, n, D, scale, part, ahead);
+        case 1: return attend_some<KIND, 1>(q, k, v, base, stride, n, D, scale, part, ahead);
     }
 }
 
-// out [B, H * D], rows ldo apart: each row attends to [start, end) of its cache row, chunk by chunk; an empty interval gives 0.
-template <int KIND>
-void attention_of(const Model& m, const Step& step, const Cache& cache, int64_t layer, const int64_t* starts,
-                  const int64_t* ends, int64_t longest, const float* q, int64_t ldq, float* out, int64_t ldo,
-                  float* parts) {
-    const int64_t B = step.rows, D = m.head_dim, G = m.heads / m.kv_heads;
-    const int64_t chunks = (longest + CHUNK - 1) / CHUNK, size = G * (D + 2);
-    const float scale = 1.0f / std::sqrt(float(D));
-#pragma omp for schedule(static) collapse(2) nowait
-    for (int64_t slice = 0; slice < B * chunks; slice++) {
-        for (int64_t h = 0; h < m.kv_heads; h++) {
-            const int64_t b = slice / chunks, c = slice % chunks, task = b * m.kv_heads + h;
-            const int64_t start = starts[b] + c * CHUNK, end = start + CHUNK < ends[b] ? start + CHUNK : ends[b];
-            if (start >= end) continue;
-            const int64_t base = layer * cache.stride_layer + b * cache.stride_row + h * D;
-            attend<KIND>(q + b * ldq + h * G * D, cache.k, cache.v, base, cache.stride_slot, start, end, G, D, scale,
-                         parts + (task * chunks + c) * size);
-        }
+// The keys [start, end) that each of B rows sees in a layer of a cache, in chunks. A task is a chunk of a kv head; a thread
+// has tasks that follow each other, all heads of a chunk before the next chunk.
+struct Seen {
+    const Cache& cache;
+    int64_t layer, B, kv_heads;
+    const int64_t *starts, *ends;
+    int64_t longest;
+
+    int64_t chunks() const { return (longest + CHUNK - 1) / CHUNK; }
+    int64_t first_task(int thread) const { return B * chunks() * kv_heads * thread / team->num; }
+    int64_t start(int64_t slice) const { return starts[slice / chunks()] + slice % chunks() * CHUNK; }
+    int64_t num(int64_t slice) const {
+        return std::max<int64_t>(0, std::min(CHUNK, ends[slice / chunks()] - start(slice)));
     }
+    int64_t base(int64_t slice) const {
+        return layer * cache.stride_layer + slice / chunks() * cache.stride_row + start(slice) * cache.stride_slot;
+    }
+    // The keys and values of a chunk, of all heads.
+    Next memory(int64_t slice) const {
+        const int64_t bytes = cache.kind == F32 ? 4 : 2;
+        Next out;
+        out.num = 2;
+        out.at[0] = static_cast<const char*>(cache.k) + base(slice) * bytes;
+        out.at[1] = static_cast<const char*>(cache.v) + base(slice) * bytes;
+        out.left = num(slice) * cache.stride_slot * bytes;
+        return out;
+    }
+    // Those of this thread's first chunk.
+    Next first() const {
+        const int64_t task = first_task(omp_get_thread_num());
+        return task < first_task(omp_get_thread_num() + 1) ? memory(task / kv_heads) : Next{};
+    }
+};
+
+// out [B, H * D], rows ldo apart: what each row sees, weighed; nothing gives 0. then: what is read next.
+template <int KIND>
+void attention_of(const Model& m, const Seen& seen, const float* q, int64_t ldq, float* out, int64_t ldo, float* parts,
+                  const Next& then) {
+    const int64_t D = m.head_dim, G = m.heads / m.kv_heads, chunks = seen.chunks(), size = G * (D + 2);
+    const float scale = 1.0f / std::sqrt(float(D));
+    const int64_t first = seen.first_task(omp_get_thread_num()), last = seen.first_task(omp_get_thread_num() + 1);
+    Next& ahead = next;
+    for (int64_t task = first; task < last; task++) {
+        const int64_t slice = task / m.kv_heads, h = task % m.kv_heads, b = slice / chunks, c = slice % chunks;
+        if (task == first || h == 0) ahead = (slice + 1) * m.kv_heads < last ? seen.memory(slice + 1) : then;
+        if (seen.num(slice))
+            attend<KIND>(q + b * ldq + h * G * D, seen.cache, seen.base(slice) + h * D, seen.num(slice), G, D, scale,
+                         parts + ((b * m.kv_heads + h) * chunks + c) * size, ahead);
+    }
+    if (first == last) ahead = then;
     meet();
 #pragma omp for schedule(static) collapse(2) nowait
-    for (int64_t b = 0; b < B; b++) {
+    for (int64_t b = 0; b < seen.B; b++) {
         for (int64_t head = 0; head < m.heads; head++) {
             float* to = out + b * ldo + head * D;
-            const int64_t n = ends[b] - starts[b], used = n > 0 ? (n + CHUNK - 1) / CHUNK : 0;
-            const int64_t first = (b * m.kv_heads + head / G) * chunks;
+            const int64_t n = seen.ends[b] - seen.starts[b], used = n > 0 ? (n + CHUNK - 1) / CHUNK : 0;
+            const int64_t begin = (b * m.kv_heads + head / G) * chunks;
             float peak = -INFINITY, total = 0;
             for (int64_t c = 0; c < used; c++) {
-                const float other = parts[(first + c) * size + head % G * (D + 2)];
+                const float other = parts[(begin + c) * size + head % G * (D + 2)];
                 peak = other > peak || other != other ? other : peak;
             }
             for (int64_t d = 0; d < D; d++) to[d] = 0;
             for (int64_t c = 0; c < used; c++) {
-                const float* part = parts + (first + c) * size + head % G * (D + 2);
+                const float* part = parts + (begin + c) * size + head % G * (D + 2);
                 const float weight = std::exp(part[0] - peak);
                 total += weight * part[1];
                 for (int64_t d = 0; d < D; d++) to[d] += weight * part[2 + d];
@@ -660,12 +757,12 @@ void attention_of(const Model& m, const Step& step, const Cache& cache, int64_t 
     meet();
 }
 
-void attention(const Model& m, const Step& step, const Cache& cache, int64_t layer, const int64_t* starts,
-               const int64_t* ends, int64_t longest, const float* q, int64_t ldq, float* out, int64_t ldo, float* parts) {
-    if (cache.kind == F32)
-        attention_of<F32>(m, step, cache, layer, starts, ends, longest, q, ldq, out, ldo, parts);
+void attention(const Model& m, const Seen& seen, const float* q, int64_t ldq, float* out, int64_t ldo, float* parts,
+               const Next& then) {
+    if (seen.cache.kind == F32)
+        attention_of<F32>(m, seen, q, ldq, out, ldo, parts, then);
     else
-        attention_of<BF16>(m, step, cache, layer, starts, ends, longest, q, ldq, out, ldo, parts);
+        attention_of<BF16>(m, seen, q, ldq, out, ldo, parts, then);
 }
 
 inline void put(const Cache& cache, void* side, int64_t at, float x) {
@@ -794,25 +891,30 @@ void run(const Model& m, const Step& step, const Views& views) {
     float* act = wide + B * w.wide;
     float* parts = act + B * w.act;
 
+    auto weights = [&](const Matrix& matrix) { return weights_of(matrix, B); };
+    auto seen_by = [&](const Cache& cache, int64_t layer, const int64_t* starts, const int64_t* ends, int64_t longest) {
+        return Seen{cache, layer, B, m.kv_heads, starts, ends, longest};
+    };
     auto gated = [&](const Layer& l) {
+        const Next after = weights(l.before ? l.qkv : l.gate_up);
+        const Seen seen = seen_by(step.cross, l.cross, views.starts, views.ends, views.longest_cross);
         rms_norm(x, l.cross_norm, m.eps, B, C, w.x, normed);
-        linear(l.cross_q, B, normed, w.x, qkv, w.qkv);
-        attention(m, step, step.cross, l.cross, views.starts, views.ends, views.longest_cross, qkv, w.qkv, heads,
-                  w.heads, parts);
-        linear(l.cross_o, B, heads, w.heads, branch, w.x);
+        linear(l.cross_q, B, normed, w.x, qkv, w.qkv, seen.first());
+        attention(m, seen, qkv, w.qkv, heads, w.heads, parts, weights(l.cross_o));
+        linear(l.cross_o, B, heads, w.heads, branch, w.x, l.ffn == NONE ? after : weights(l.ffn_in));
         add(x, branch, l.gate, views.sees, B, C, w.x);
         if (l.ffn == NONE) return;
         const int64_t n = l.ffn_out.cols;
         rms_norm(x, l.ffn_norm, m.eps, B, C, w.x, normed);
-        linear(l.ffn_in, B, normed, w.x, wide, w.wide);
+        linear(l.ffn_in, B, normed, w.x, wide, w.wide, weights(l.ffn == SWIGLU ? l.ffn_up : l.ffn_out));
         if (l.ffn == SWIGLU) {
-            linear(l.ffn_up, B, normed, w.x, wide + w.wide / 2, w.wide);
+            linear(l.ffn_up, B, normed, w.x, wide + w.wide / 2, w.wide, weights(l.ffn_out));
             swiglu(wide, wide + w.wide / 2, w.wide, B, n, act, w.act);
         } else {
             gelu(wide, w.wide, B, n, act, w.act);
         }
         clear_behind(act, B, n, w.act);
-        linear(l.ffn_out, B, act, w.act, branch, w.x);
+        linear(l.ffn_out, B, act, w.act, branch, w.x, after);
         add(x, branch, l.ffn_gate, views.sees, B, C, w.x);
     };
 
@@ -826,23 +928,25 @@ void run(const Model& m, const Step& step, const Views& views) {
     for (int64_t i = 0; i < m.num_layers; i++) {
         const Layer& l = m.layers[i];
         const bool sees = l.cross >= 0 && step.intervals;
+        const Seen seen = seen_by(step.cache, i, views.zeros, views.lengths, views.longest);
         if (sees && l.before) gated(l);
         rms_norm(x, l.input_norm, m.eps, B, C, w.x, normed);
-        linear(l.qkv, B, normed, w.x, qkv, w.qkv);
+        linear(l.qkv, B, normed, w.x, qkv, w.qkv, seen.first());
         rotate_and_keep(m, step, i, qkv, w.qkv);
-        attention(m, step, step.cache, i, views.zeros, views.lengths, views.longest, qkv, w.qkv, heads, w.heads, parts);
-        linear(l.o, B, heads, w.heads, branch, w.x);
+        attention(m, seen, qkv, w.qkv, heads, w.heads, parts, weights(l.o));
+        linear(l.o, B, heads, w.heads, branch, w.x, weights(sees && !l.before ? l.cross_q : l.gate_up));
         add(x, branch, 1.0f, nullptr, B, C, w.x);
         if (sees && !l.before) gated(l);
         rms_norm(x, l.post_norm, m.eps, B, C, w.x, normed);
-        linear(l.gate_up, B, normed, w.x, wide, w.wide);
+        linear(l.gate_up, B, normed, w.x, wide, w.wide, weights(l.down));
         swiglu(wide, wide + l.gate_up.rows / 2, w.wide, B, l.down.cols, act, w.act);
         clear_behind(act, B, l.down.cols, w.act);
-        linear(l.down, B, act, w.act, branch, w.x);
+        const Matrix& after = i + 1 < m.num_layers ? m.layers[i + 1].qkv : m.head;
+        linear(l.down, B, act, w.act, branch, w.x, weights(after));
         add(x, branch, 1.0f, nullptr, B, C, w.x);
     }
     rms_norm(x, m.norm, m.eps, B, C, w.x, normed);
-    linear(m.head, B, normed, w.x, step.logits, m.vocab);
+    linear(m.head, B, normed, w.x, step.logits, m.vocab, Next{});
 }
 
 // Runs fn on every thread of a team.
@@ -852,8 +956,10 @@ void together(int64_t threads, const Fn& fn) {
 #pragma omp parallel num_threads(int(threads))
     {
 #pragma omp single
-        shared = new Team{omp_get_num_threads()};
+        shared = new Team(omp_get_num_threads());
         team = shared;
+        turn = 0;
+        next = Next{};
         fn();
     }
     delete shared;
@@ -889,7 +995,7 @@ void nvlm_step(const Model* model, const Step* step, int64_t threads) {
 
 // y [B, rows] = x [B, cols] W^T + bias. x has rows of `ldx` floats, whole blocks of zeros behind them for int4.
 void nvlm_linear(const Matrix* matrix, int64_t B, const float* x, int64_t ldx, float* y, int64_t threads) {
-    together(threads, [&] { linear(*matrix, B, x, ldx, y, matrix->rows); });
+    together(threads, [&] { linear(*matrix, B, x, ldx, y, matrix->rows, Next{}); });
 }
 
 // The sum of n floats, n a multiple of 64 * threads: how fast this machine reads.

@@ -11,8 +11,8 @@ MUTATIONS = [
     ),
     (
         FILE,
-        "for (int64_t row = first + NR * apart; row < last; row++)",
-        "for (int64_t row = first + NR * apart; row + 1 < last; row++)",
+        "row = first + NR * apart; row < last && owner == me; row++)",
+        "row = first + NR * apart; row + 1 < last && owner == me; row++)",
         "a row that is in no stream is lost",
     ),
     (
@@ -21,7 +21,12 @@ MUTATIONS = [
         "y[b * ldy + row + r * apart] = finish<KIND>(m, row + r, out[r][b])",
         "a stream's bias is its neighbour's",
     ),
-    (FILE, "last = m.rows * (me + 1) / team->num", "last = m.rows / team->num * (me + 1)", "rows that are no thread's"),
+    (
+        FILE,
+        "last = m.rows * (thread + 1) / team->num",
+        "last = m.rows / team->num * (thread + 1)",
+        "rows that are no thread's",
+    ),
     (FILE, "(row + r * apart) * blocks * GROUPS", "row * blocks * GROUPS", "int4 streams share their scales"),
     (FILE, "(8 * group + 4 * n)", "(8 * group)", "each int4 weight twice"),
     (FILE, "at_scale = i * GROUPS % LANES", "at_scale = i * GROUPS % (2 * LANES)", "scales are widened half as often"),
