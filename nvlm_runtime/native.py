@@ -3,7 +3,8 @@ the memory's speed.
 
 Weights are read where the model holds them; norms, biases and gates, which are small, are copied to fp32, so a decoder
 whose weights change needs a new `NativeDecoder`. Activations stay in fp32 from the embedding to the logits: it rounds
-less than the eager step does.
+less than the eager step does. int8 and int4 weights multiply 16-bit integers that 512 activations at a time are rounded
+to, finer than bf16 is; two for each where the model is fp32, and then as finely as that.
 """
 
 import ctypes
@@ -47,6 +48,7 @@ class NativeDecoder:
         self._kept: list[Tensor] = []  # what the pointers below point to
         self._scratch: dict[int, Tensor] = {}
         self._lock = threading.Lock()  # of the scratch: batches may step in several threads
+        self._parts = 2 if decoder.embed_tokens.weight.dtype == torch.float32 else 1
         config = decoder.config
         freqs, scale = decoder.rotary.frequencies(torch.device("cpu"))
         self._layers = (native.Layer * config.num_hidden_layers)(
@@ -102,10 +104,10 @@ class NativeDecoder:
             self._dll.nvlm_step(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
 
     def _room(self, rows: int, longest: int) -> int:
-        """Scratch for a batch size, zeros when it is new: what stands behind a row's end must be finite."""
+        """Scratch for a batch size."""
         size = self._dll.nvlm_scratch(ctypes.byref(self._model), rows, longest)
         if rows not in self._scratch or len(self._scratch[rows]) < size:
-            self._scratch[rows] = torch.zeros(size)
+            self._scratch[rows] = torch.empty(size)
         return self._scratch[rows].data_ptr()
 
     def _layer(self, layer: Layer, decoder: Decoder, index: int) -> native.Layer:
@@ -147,12 +149,12 @@ class NativeDecoder:
         if not isinstance(linear, Int8Linear | Int4Linear):
             return self._matrix(name, linear.weight, linear.bias)
         data, kind = (
-            (linear.weight, native.KIND_INT8) if isinstance(linear, Int8Linear) else (linear.packed, native.KIND_INT4)
+            (linear.weight, native.KIND_INT8) if isinstance(linear, Int8Linear) else (linear.nibbles, native.KIND_INT4)
         )
         self._kept += [data, linear.scale]
         bias = self._vector(linear.bias) if linear.bias is not None else None
         return native.Matrix(
-            data.data_ptr(), linear.scale.data_ptr(), bias, linear.out_features, linear.in_features, kind
+            data.data_ptr(), linear.scale.data_ptr(), bias, linear.out_features, linear.in_features, kind, self._parts
         )
 
     def _matrix(self, name: str, weight: Tensor, bias: Tensor | None = None) -> native.Matrix:
@@ -165,7 +167,7 @@ class NativeDecoder:
         self._kept.append(weight)
         rows, cols = weight.shape
         at = self._vector(bias) if bias is not None else None
-        return native.Matrix(weight.data_ptr(), None, at, rows, cols, KINDS[weight.dtype])
+        return native.Matrix(weight.data_ptr(), None, at, rows, cols, KINDS[weight.dtype], 0)
 
     def _vector(self, vector: Tensor) -> int:
         self._kept.append(vector.detach().to("cpu", torch.float32, copy=True).contiguous())

@@ -1,13 +1,14 @@
 """Linears whose weights are kept in 8 or 4 bits, for decoding, which reads every weight once a token.
 
-L out features, K in features. Activations stay as they are.
+L out features, K in features.
 
     int8    w[l, k] = scale[l] * q[l, k]               q in -127..127, an fp32 scale a row
     int4    w[l, k] = scale[l, k // 32] * q[l, k]      q in -8..7, a bf16 scale for 32 weights
 
-The native step (nvlm_kernels/native) reads these buffers as they stand. `forward` is the reference and what a prompt
-goes through: the weights of some rows at a time made dense, then an ordinary product. Bound: bytes, 8 and 4.5 bits a
-weight. int4's scale is the largest weight over -8, as in GGML's q4_0, so that the largest is exact.
+The native step (nvlm_kernels/native) reads these buffers as they stand, and rounds activations to 16-bit integers, less
+than bf16 does. `forward` is the reference and what a prompt goes through: activations as they are, the weights of some
+rows at a time made dense, an ordinary product. Bound: bytes, 8 and 4.5 bits a weight. int4's scale is the largest
+weight over -8, as in GGML's q4_0, so that the largest is exact.
 """
 
 import torch
@@ -48,16 +49,16 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """Buffers: packed int32 [L, blocks, 16], where nibble j of lane l of a block of 128 weights is weight 16 j + l,
-    plus 8; scale bf16 [L, 4 blocks]; bias [L] or None. A last block that K does not fill holds zeros. Of a linear's
-    shapes, to be filled.
+    """Buffers: nibbles int32 [L, blocks, 16], where nibble j of lane l of a block of 128 weights is weight
+    32 (l // 4) + 4 j + l % 4, plus 8, so that a lane's weights share a scale; scale bf16 [L, 4 blocks]; bias [L] or
+    None. A last block that K does not fill holds zeros. Of a linear's shapes, to be filled.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         rows, blocks, device = self.out_features, -(-self.in_features // BLOCK), linear.weight.device
-        self.register_buffer("packed", torch.empty(rows, blocks, 16, dtype=torch.int32, device=device))
+        self.register_buffer("nibbles", torch.empty(rows, blocks, 16, dtype=torch.int32, device=device))
         self.register_buffer("scale", torch.empty(rows, 4 * blocks, dtype=torch.bfloat16, device=device))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
@@ -65,23 +66,24 @@ class Int4Linear(nn.Module):
     def of(cls, linear: nn.Linear) -> "Int4Linear":
         """Raises ValueError for weights not finite."""
         made, weight = cls(linear), _finite("int4", linear)
-        blocks = made.packed.shape[1]
+        blocks = made.nibbles.shape[1]
         groups = F.pad(weight, (0, blocks * BLOCK - made.in_features)).unflatten(-1, (-1, GROUP))  # [L, 4 blocks, 32]
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
         scale = (largest / -8).to(torch.bfloat16)
         divisor = torch.where(scale == 0, 1, scale.float())[..., None]
         codes = ((groups / divisor).round_().clamp_(-8, 7) + 8).to(torch.int64)
-        nibbles = codes.view(made.out_features, blocks, 8, 16)
-        packed = (nibbles << torch.arange(0, 32, 4)[:, None]).sum(2)  # [L, blocks, 16], as unsigned 32 bits
-        made.packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+        lanes = codes.view(made.out_features, blocks, 4, 8, 4).transpose(-1, -2).flatten(2, 3)  # [L, blocks, 16, 8]
+        packed = (lanes << torch.arange(0, 32, 4)).sum(-1)  # as unsigned 32 bits
+        made.nibbles = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
         made.scale = scale
         return made
 
     def dense(self, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:
         """Rows [first, end) of the weights, [*, K]."""
-        packed, scale = self.packed[first:end], self.scale[first:end].float()
-        nibbles = packed[:, :, None] >> torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32)[:, None] & 15
-        groups = (nibbles.flatten(1).unflatten(-1, (-1, GROUP)) - 8).float() * scale[..., None]
+        packed, scale = self.nibbles[first:end], self.scale[first:end].float()
+        lanes = packed[..., None] >> torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32) & 15
+        codes = lanes.unflatten(2, (4, 4)).transpose(-1, -2)  # [L, blocks, 4 groups, 8, 4]
+        groups = (codes.reshape(*scale.shape, GROUP) - 8).float() * scale[..., None]
         return groups.flatten(1)[:, : self.in_features].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 from nvlm_kernels import _backend
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("decode.cpp", "attention.cpp", "int8.cpp"))
-HEADER = Path(__file__).with_name("bf16.h")
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
 
@@ -39,6 +39,7 @@ class Matrix(ctypes.Structure):
         ("rows", c_int64),
         ("cols", c_int64),
         ("kind", c_int32),
+        ("parts", c_int32),
     ]
 
 
@@ -153,7 +154,7 @@ def library(folder: Path | None = None) -> Native:
             "it (native=False, --no-compile)"
         )
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (*(source.read_bytes() for source in (*SOURCES, HEADER)), version, repr(FLAGS), _cpu())
+    parts = (*(source.read_bytes() for source in (*SOURCES, *HEADERS)), version, repr(FLAGS), _cpu())
     name = hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:24]
     path = folder / f"native-{name}.so"
     built = not _is_whole(path)

@@ -1,33 +1,75 @@
 TESTS = ("tests/runtime/test_weight_only.py", "tests/runtime/test_native.py", "-k", "not tokens and not twin")
-FILE = "nvlm_kernels/native/decode.cpp"
+VECTORS, TEAM = "nvlm_kernels/native/vectors.h", "nvlm_kernels/native/team.h"
+LINEAR, INTEGERS = "nvlm_kernels/native/linear.h", "nvlm_kernels/native/integers.h"
+ATTENTION = "nvlm_kernels/native/cached_attention.h"
 MUTATIONS = [
-    (FILE, "pairs << 16 : pairs & 0xffff0000u", "pairs << 16 : pairs", "odd weights keep the bits of even ones"),
-    (FILE, "pairs = n == 0 ?", "pairs = n == 1 ?", "even and odd weights in each other's place"),
+    (VECTORS, "pairs << 16 : pairs & 0xffff0000u", "pairs << 16 : pairs", "odd weights keep the bits of even ones"),
+    (VECTORS, "pairs = n == 0 ?", "pairs = n == 1 ?", "even and odd weights in each other's place"),
+    (VECTORS, "odd ? LANES + (lane ^ BIT) : lane", "odd ? LANES + lane : lane", "keys that are not transposed"),
     (
-        FILE,
+        LINEAR,
         "for (; i < cols; i++) to[i] = from[i];",
         "for (; i < cols; i++) to[i] = 0;",
         "the columns behind the last whole block are lost",
     ),
     (
-        FILE,
+        LINEAR,
         "row = first + NR * apart; row < last && owner == me; row++)",
         "row = first + NR * apart; row + 1 < last && owner == me; row++)",
         "a row that is in no stream is lost",
     ),
     (
-        FILE,
+        LINEAR,
         "y[b * ldy + row + r * apart] = finish<KIND>(m, row + r * apart, out[r][b])",
         "y[b * ldy + row + r * apart] = finish<KIND>(m, row + r, out[r][b])",
         "a stream's bias is its neighbour's",
     ),
     (
-        FILE,
+        LINEAR,
         "last = m.rows * (thread + 1) / team->num",
         "last = m.rows / team->num * (thread + 1)",
         "rows that are no thread's",
     ),
-    (FILE, "(row + r * apart) * blocks * GROUPS", "row * blocks * GROUPS", "int4 streams share their scales"),
-    (FILE, "(8 * group + 4 * n)", "(8 * group)", "each int4 weight twice"),
-    (FILE, "at_scale = i * GROUPS % LANES", "at_scale = i * GROUPS % (2 * LANES)", "scales are widened half as often"),
+    (
+        LINEAR,
+        "pieces - 1 - range.stolen.fetch_add",
+        "pieces - 2 - range.stolen.fetch_add",
+        "the last piece is never taken from another thread",
+    ),
+    (
+        LINEAR,
+        "team->ranges[turn][me].taken.store(0, std::memory_order_relaxed);",
+        "",
+        "pieces of two products before count as taken",
+    ),
+    (INTEGERS, "(row + r * apart) * blocks * GROUPS", "row * blocks * GROUPS", "int4 streams share their scales"),
+    (INTEGERS, "packed >> (4 * j)", "packed >> (8 * j)", "nibbles of another weight"),
+    (INTEGERS, "total * -8", "total * -7", "int4 weights are one too large"),
+    (INTEGERS, "group + int32_t(i * GROUPS)", "group", "every block has the first one's scales"),
+    (INTEGERS, "(rounded - magic)) * 32768.0f", "(rounded - magic)) * 16384.0f", "the second integer is half of it"),
+    (INTEGERS, "to_float(sums[PARTS - 1]) * 0x1p-15f", "to_float(sums[PARTS - 1]) * 0", "no second integer"),
+    (INTEGERS, "most = (at > most) | (at != at) ? at : most;", "most = at > most ? at : most;", "NaN is lost"),
+    (INTEGERS, "peak > 1e-30f ? 32767.0f / peak : 0.0f", "32767.0f / peak", "zeros divide by zero"),
+    (INTEGERS, "std::memcpy(some, data[r] + i, std::min(HALF, n - i));", "", "int8 weights behind the last line"),
+    (
+        INTEGERS,
+        "std::memcpy(some, from, left * sizeof(float));",
+        "std::memcpy(some, from, sizeof some);",
+        "activations behind a row's end are read",
+    ),
+    (
+        ATTENTION,
+        "i = num; i < LANES; i++) out[i] = -INFINITY",
+        "i = num; i < LANES; i++) out[i] = 0",
+        "keys that are none",
+    ),
+    (ATTENTION, "total[g][0] + total[g][SPLIT - 1]", "total[g][0]", "odd numbers of few heads are lost"),
+    (ATTENTION, "pick(first, second, zip)", "first", "even and odd values stay apart"),
+    (ATTENTION, "slice % chunks() * CHUNK", "0", "every chunk is the first"),
+    (
+        ATTENTION,
+        "std::min(CHUNK, ends[slice / chunks()] - start(slice))",
+        "CHUNK",
+        "a row's last chunk goes on behind its end",
+    ),
 ]

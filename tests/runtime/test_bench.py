@@ -183,7 +183,7 @@ def test_quantised_weights_are_read_as_they_are_kept():
     assert all(linear.weight.dtype == torch.int8 for linear in linears)
     kept = sum(linear.weight.nbytes + linear.scale.nbytes for linear in linears) * config.num_hidden_layers
     head = engine.model.language_model.lm_head
-    kept += head.packed.nbytes + head.scale.nbytes
+    kept += head.nibbles.nbytes + head.scale.nbytes
     assert kept <= reads.weights < 1.05 * kept, "norms and biases beside them"
 
 

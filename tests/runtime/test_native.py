@@ -23,6 +23,9 @@ SHAPES = {
     "heads of 16": replace(TEXT, hidden_size=96),
     "heads of 64": replace(TEXT, hidden_size=384, intermediate_size=250),
     "heads of 128": replace(TEXT, hidden_size=256, num_attention_heads=2, num_key_value_heads=1),
+    "heads of 80": replace(TEXT, hidden_size=160, num_attention_heads=2, num_key_value_heads=1),
+    "seven heads a kv head": replace(TEXT, hidden_size=448, num_attention_heads=14, num_key_value_heads=2),
+    "nine heads a kv head": replace(TEXT, hidden_size=288, num_attention_heads=9, num_key_value_heads=1),
     "one kv head a head": replace(TEXT, num_key_value_heads=6),
     "yarn": replace(TEXT, rope_scaling=YARN),
 }
@@ -140,6 +143,22 @@ def test_a_row_that_sees_nothing_is_the_text_models(library):
     step = NativeDecoder(decoder, library)
     got = run(step, clone(cache), kv, torch.zeros_like(intervals), token, position)
     assert torch.equal(got, run(step, clone(cache), None, None, token, position))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_nothing_behind_a_row_is_read(library, dtype):
+    """Slots not written yet, and image keys outside an interval."""
+    decoder, cache, kv, intervals, token, position = setting(SHAPES["heads of 80"], GATED["none"], dtype)
+    step = NativeDecoder(decoder, library)
+    want = run(step, clone(cache), kv, intervals, token, position)
+    for row, length in enumerate(LENGTHS):
+        start, end = intervals[row, 0].tolist()
+        for side in (cache.k, cache.v):
+            side[:, row, length + 1 :] = float("nan")
+        for side in (kv.k, kv.v):
+            side[:, row, :start] = side[:, row, end:] = float("nan")
+    assert torch.equal(run(step, cache, kv, intervals, token, position), want) and want.isfinite().all()
 
 
 @torch.inference_mode()

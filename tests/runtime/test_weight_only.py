@@ -77,6 +77,21 @@ def test_forward_is_the_dense_product(kind):
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
+def native_matrix(layer, parts=2):
+    """A layer's matrix and what keeps its memory. parts: integers for an activation, where weights are integers."""
+    decoder = NativeDecoder.__new__(NativeDecoder)
+    decoder._kept, decoder._parts = [], parts
+    return decoder._linear("layer", layer), decoder
+
+
+def native_product(library, matrix, x, threads=2):
+    """x [B, K], whatever lies behind its rows, times a matrix [L, K]."""
+    assert x.stride(1) == 1
+    y = torch.full((len(x), matrix.rows), float("nan"))
+    library.dll.nvlm_linear(ctypes.byref(matrix), len(x), x.data_ptr(), x.stride(0), y.data_ptr(), threads)
+    return y
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 13])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "float32", "bfloat16"])
@@ -93,25 +108,72 @@ def test_native_products(library, kind, size, batch):
     weight, bias = dense_weight(layer, torch.float32).detach(), layer.bias.detach()
     torch.manual_seed(1)
     x = torch.randn(batch, cols)
-    behind = 0.0 if kind == "int4" else float("nan")  # int4 alone may read behind a row's end, up to a whole block
-    padded = F.pad(x, (0, -cols % native.BLOCK), value=behind).contiguous()
-    decoder = NativeDecoder.__new__(NativeDecoder)
-    decoder._kept = []
-    matrix = decoder._linear("layer", layer)
-
-    def product(rows_of_x, threads=2):
-        y = torch.zeros(len(rows_of_x), rows)
-        library.dll.nvlm_linear(
-            ctypes.byref(matrix), len(rows_of_x), rows_of_x.data_ptr(), rows_of_x.shape[1], y.data_ptr(), threads
-        )
-        return y
-
-    got = product(padded)
+    padded = F.pad(x, (0, -cols % native.BLOCK), value=float("nan"))[:, :cols]
+    matrix, _kept = native_matrix(layer)
+    got = native_product(library, matrix, padded)
     exact = F.linear(x.double(), weight.double(), bias.double())
     eager = (F.linear(x, weight.float(), bias.float()) - exact).abs().max()
     assert (got - exact).abs().max() <= 2 * eager + 2**-22 * exact.abs().max()
-    assert all(torch.equal(product(padded[i : i + 1])[0], got[i]) for i in range(batch))
-    assert all(torch.equal(product(padded, threads), got) for threads in (1, 3, 5))
+    assert all(torch.equal(native_product(library, matrix, padded[i : i + 1])[0], got[i]) for i in range(batch))
+    assert all(torch.equal(native_product(library, matrix, padded, threads), got) for threads in (1, 3, 5))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_products_of_a_bf16_model(library, kind, size, batch):
+    """One integer an activation: at most the error of torch's bf16 product of the very weights, with outliers too; a
+    row's bits its own.
+    """
+    rows, cols = size
+    layer = KINDS[kind].of(linear(rows, cols))
+    weight = layer.dense(torch.float32)
+    torch.manual_seed(1)
+    x = torch.randn(batch, cols)
+    x[-1, :: max(1, cols // 3)] *= 1000
+    matrix, _kept = native_matrix(layer, parts=1)
+    got = native_product(library, matrix, x)
+    exact = F.linear(x.double(), weight.double(), layer.bias.double())
+    eager = F.linear(x.bfloat16(), weight.bfloat16(), layer.bias.bfloat16())
+    assert ((got - exact).norm(dim=1) <= (eager - exact).norm(dim=1) + 2**-14 * exact.norm(dim=1)).all()
+    assert all(torch.equal(native_product(library, matrix, x[i : i + 1])[0], got[i]) for i in range(batch))
+    assert all(torch.equal(native_product(library, matrix, x, threads), got) for threads in (1, 3, 5))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "float32", "bfloat16"])
+def test_threads_take_each_others_rows(library, kind):
+    """A matrix of many pieces, more threads than cores: every row is somebody's, once, and its bits are its own."""
+    layer = linear(4003, 700)
+    if kind in KINDS:
+        layer = KINDS[kind].of(layer)
+    else:
+        layer.weight.data = layer.weight.data.to(getattr(torch, kind))
+    matrix, _kept = native_matrix(layer, parts=1)
+    x = torch.randn(2, 700)
+    want = native_product(library, matrix, x, 1)
+    assert want.isfinite().all()
+    for threads in (2, 3, 5, 2, 7):
+        for rows in (x, x[:1]):
+            assert torch.equal(native_product(library, matrix, rows, threads), want[: len(rows)])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_keep_what_is_not_finite(library, kind, parts):
+    """In its row, and nowhere else; zeros give the bias, tiny and huge numbers what they should."""
+    layer = KINDS[kind].of(linear(20, 700))
+    x = torch.randn(7, 700)
+    x[1, 650], x[2, 3], x[3, 0], x[4] = float("nan"), float("inf"), float("-inf"), 0
+    x[5] *= 1e-25
+    x[6] *= 1e30
+    matrix, _kept = native_matrix(layer, parts)
+    got = native_product(library, matrix, x)
+    assert not got[1:4].isfinite().any()
+    assert torch.equal(got[4], layer.bias)
+    exact = F.linear(x.double(), layer.dense(torch.float64))
+    for row in (0, 5, 6):
+        error = (got[row] - layer.bias - exact[row]).abs().max()
+        assert error <= 1e-3 * exact[row].abs().max() + 1e-7, row
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
