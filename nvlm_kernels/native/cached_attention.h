@@ -16,17 +16,13 @@
 namespace {
 
 constexpr int64_t CHUNK = 256;     // keys that one task of attention looks at
-constexpr int64_t HEADS = 8;       // query heads that share a pass over them
 
-// total [G][SPLIT] += q[g D + j] times number j of sixteen keys, j < width. keys: transposed; a lane of 32 bits holds
-// one fp32 number or two of bf16.
+// total [G][SPLIT] += q[g D + j] times number j of sixteen keys. keys: transposed; a lane of 32 bits holds one fp32 number
+// or two of bf16.
 template <int KIND, int G, int SPLIT>
-inline void add_products(const float* q, int64_t D, const vf (&keys)[LANES], int64_t width, vf (&total)[G][SPLIT]) {
-#pragma GCC unroll 32
-    for (int64_t j = 0; j < width; j++) {
-        const vf key = KIND == F32 ? keys[j] : vf(j % 2 ? vu(keys[j / 2]) & 0xffff0000u : vu(keys[j / 2]) << 16);
-        for (int g = 0; g < G; g++) total[g][j % SPLIT] += spread(q[g * D + j]) * key;
-    }
+inline void add_product(const float* q, int64_t D, const vf (&keys)[LANES], int64_t j, vf (&total)[G][SPLIT]) {
+    const vf key = KIND == F32 ? keys[j] : vf(j % 2 ? vu(keys[j / 2]) & 0xffff0000u : vu(keys[j / 2]) << 16);
+    for (int g = 0; g < G; g++) total[g][j % SPLIT] += spread(q[g * D + j]) * key;
 }
 
 // scores [G][CHUNK]: the products of G heads with n keys, times scale; -inf up to a whole vector.
@@ -47,12 +43,14 @@ void score(const float* q, const void* k, int64_t base, int64_t stride, int64_t 
 #pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++) std::memcpy(&keys[i], at + i * stride * BYTES, sizeof keys[i]);
                 transpose(keys);
-                add_products<KIND, G, SPLIT>(q + d, D, keys, WIDTH, total);
+#pragma GCC unroll 32
+                for (int64_t j = 0; j < WIDTH; j++) add_product<KIND, G, SPLIT>(q + d, D, keys, j, total);
             } else {
                 const int64_t width = std::min(D - d, WIDTH);
                 for (int64_t i = 0; i < num; i++) std::memcpy(&keys[i], at + i * stride * BYTES, width * BYTES);
                 transpose(keys);
-                add_products<KIND, G, SPLIT>(q + d, D, keys, width, total);
+#pragma GCC unroll 1
+                for (int64_t j = 0; j < width; j++) add_product<KIND, G, SPLIT>(q + d, D, keys, j, total);
             }
         }
         for (int g = 0; g < G; g++) {
@@ -130,17 +128,16 @@ void attend(const float* q, const Cache& cache, int64_t base, int64_t n, int64_t
             Next& ahead) {
     const void *k = cache.k, *v = cache.v;
     const int64_t stride = cache.stride_slot;
-    for (; G >= HEADS; G -= HEADS, q += HEADS * D, part += HEADS * (D + 2))
-        attend_some<KIND, HEADS>(q, k, v, base, stride, n, D, scale, part, ahead);
-    static_assert(HEADS == 8, "the switch below has the sizes under it");
-    switch (G) {
-        case 7: return attend_some<KIND, 7>(q, k, v, base, stride, n, D, scale, part, ahead);
-        case 6: return attend_some<KIND, 6>(q, k, v, base, stride, n, D, scale, part, ahead);
-        case 5: return attend_some<KIND, 5>(q, k, v, base, stride, n, D, scale, part, ahead);
-        case 4: return attend_some<KIND, 4>(q, k, v, base, stride, n, D, scale, part, ahead);
-        case 3: return attend_some<KIND, 3>(q, k, v, base, stride, n, D, scale, part, ahead);
-        case 2: return attend_some<KIND, 2>(q, k, v, base, stride, n, D, scale, part, ahead);
-        case 1: return attend_some<KIND, 1>(q, k, v, base, stride, n, D, scale, part, ahead);
+    while (G > 0) {
+        const int64_t some = G >= 8 ? 8 : G == 7 ? 7 : G >= 4 ? 4 : G >= 2 ? 2 : 1;
+        switch (some) {
+            case 8: attend_some<KIND, 8>(q, k, v, base, stride, n, D, scale, part, ahead); break;
+            case 7: attend_some<KIND, 7>(q, k, v, base, stride, n, D, scale, part, ahead); break;
+            case 4: attend_some<KIND, 4>(q, k, v, base, stride, n, D, scale, part, ahead); break;
+            case 2: attend_some<KIND, 2>(q, k, v, base, stride, n, D, scale, part, ahead); break;
+            case 1: attend_some<KIND, 1>(q, k, v, base, stride, n, D, scale, part, ahead); break;
+        }
+        G -= some, q += some * D, part += some * (D + 2);
     }
 }
 

@@ -163,7 +163,7 @@ void share(const Matrix& m, int64_t B, const X& x, float* y, int64_t ldy) {
         const auto [first, last, apart] = share_of(m, NR, owner);
         const int64_t pieces = (apart + piece - 1) / piece;
         for (int64_t row = first + NR * apart; row < last && owner == me; row++)
-            products<KIND, 1, IS_ALONE, ASK>(m, row, 0, B, x, y, ldy);
+            for (int64_t b = 0; b < B; b++) product<KIND, 1, 1, false>(m, row, 0, x.from(b), y + b * ldy, ldy);
         for (int64_t mine = 0; range.taken.fetch_add(1, std::memory_order_relaxed) < pieces; mine++) {
             const int64_t i = owner == me ? mine : pieces - 1 - range.stolen.fetch_add(1, std::memory_order_relaxed);
             const int64_t end = first + std::min((i + 1) * piece, apart);
