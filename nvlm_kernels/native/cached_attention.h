@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t CHUNK = 256;     // keys that one task of attention looks at
 
-// total [G][SPLIT] += q[g D + j] times number j of sixteen keys. keys: transposed; a lane of 32 bits holds one fp32 number
-// or two of bf16.
+// total [G][SPLIT] += q[g D + j] times number j of sixteen keys. keys: transposed; a lane of 32 bits holds one fp32
+// number or two of bf16.
 template <int KIND, int G, int SPLIT>
 inline void add_product(const float* q, int64_t D, const vf (&keys)[LANES], int64_t j, vf (&total)[G][SPLIT]) {
     const vf key = KIND == F32 ? keys[j] : vf(j % 2 ? vu(keys[j / 2]) & 0xffff0000u : vu(keys[j / 2]) << 16);

@@ -29,8 +29,8 @@ inline vi add_pairs(vi acc, vi x, vi w) {
 
 // Rows of x as integers: x[i] is scale[i / SPAN] (a + b / 2^15), a and b of 16 bits, b only where PARTS is 2. A span
 // with a NaN or an infinity has such a scale. bf16 rounds a number by up to 1 / 256 of itself, a alone by up to
-// 1 / 65534 of the largest of SPAN: as many errors of that size, which add up as random ones do, are less than what bf16
-// does to the largest alone.
+// 1 / 65534 of the largest of SPAN: as many errors of that size, which add up as random ones do, are less than what
+// bf16 does to the largest alone.
 template <int PARTS>
 struct Fixed {
     const vi* numbers;   // [B, spans, PARTS, LANES], in the order in which the weights lie
