@@ -1,15 +1,17 @@
-"""A decoding step on a CPU, route by route: python -m bench.decode [--shape ...] [--peers transformers]
+"""A decoding step on a CPU, route by route: python -m bench.decode [--shape ...] [--peers transformers llama.cpp]
 
 Every route has the same decoder behind a cache of noise: plain PyTorch, the native step on the dtype's weights, on int8
-and on int4, transformers' Qwen2. They take turns in one process, with a read of memory that no cache holds between each
-two: a step's share of the roof is of the speed around it, as a machine that others share changes its own, and the
-median of such shares. A step's bytes are the weights and the keys and values it reads, as they are stored.
+and on int4, transformers' Qwen2, and llama.cpp on the weights as bf16, q8_0 and q4_0 (one row). They take turns in one
+process, with a read of memory that no cache holds between each two: a step's share of the roof is of the speed around
+it, as a machine that others share changes its own, and the median of such shares. A step's bytes are the weights and
+the keys and values it reads, as they are stored.
 """
 
 import argparse
 import copy
 import ctypes
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +22,19 @@ import torch
 
 from bench import report
 from bench.card import READ_BYTES
+from bench.llama_peer import KINDS, LlamaRow, write_gguf
 from bench.synthetic import SHAPES, random_model, shape_config
 from nvlm_kernels.native import library
 from nvlm_runtime.cache import KVCache
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.native import NativeDecoder
 from nvlm_runtime.quantize import quantize
-from nvlm_runtime.roof import step_bytes
+from nvlm_runtime.roof import StepBytes, step_bytes
 
 Run = Callable[[], None]
 CPU = torch.device("cpu")
 ROUTES = ("plain", "native", "int8", "int4")
+PEERS = {"transformers": ("transformers",), "llama.cpp": tuple(f"llama.cpp {kind}" for kind in KINDS)}
 
 
 class Routes:
@@ -48,11 +52,14 @@ class Routes:
         self.logits = torch.empty(most, model.config.text.vocab_size)
         self.native, self.bytes = {}, {}
         for name in names:
+            if name in PEERS["llama.cpp"]:
+                continue
             twin = model if name in ("plain", "native", "transformers") else self._quantised(model, name)
             if name not in ("plain", "transformers"):
                 self.native[name] = NativeDecoder(twin.language_model, self.library)
             self.bytes[name] = step_bytes(twin)
         self.peer = self._transformers(model) if "transformers" in names else None
+        self.llama = {name: self._llama(model, name, capacity) for name in names if name in PEERS["llama.cpp"]}
 
     @staticmethod
     def _quantised(model: NVLMModel, kind: str) -> NVLMModel:
@@ -61,6 +68,16 @@ class Routes:
         twin.language_model = copy.deepcopy(model.language_model)
         quantize(twin, {"decoder": kind, "head": kind})
         return twin
+
+    def _llama(self, model: NVLMModel, name: str, capacity: int) -> LlamaRow:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            weights = write_gguf(model, name.split()[-1], path)
+            row = LlamaRow(path, capacity)
+            text = model.config.text
+            token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # of its fp16 cache
+            self.bytes[name] = StepBytes(weights, 0, token, 0)
+        return row
 
     def _transformers(self, model: NVLMModel):
         from bench.transformers_peer import transformers_model
@@ -81,6 +98,8 @@ class Routes:
             return plain
         if name == "transformers":
             return self._peer_step(batch, context)
+        if name in self.llama:
+            return self.llama[name].step(context)
         logits, active = self.logits[:batch], self.active[:batch]
         return lambda: self.native[name].step(token, position, active, cache, None, None, logits)
 
@@ -142,13 +161,13 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="at the first context")
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
-    parser.add_argument("--peers", nargs="*", choices=("transformers",), default=[])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="default: bench/results/decode.json")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
-    names = [*args.routes, *args.peers]
+    names = [*args.routes, *(name for peer in args.peers for name in PEERS[peer])]
     model = random_model(shape_config(args.shape, "d"), getattr(torch, args.dtype))
     routes = Routes(model, max(args.contexts) + 1, max(args.batches), names)
     memory = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32))
@@ -160,10 +179,11 @@ def main() -> None:
     rows = []
     cases = [(1, context) for context in args.contexts] + [(b, args.contexts[0]) for b in args.batches if b > 1]
     for batch, context in cases:
-        runs = {name: routes.run(name, batch, context) for name in names}
+        alone = PEERS["llama.cpp"] if batch > 1 else ()
+        runs = {name: routes.run(name, batch, context) for name in names if name not in alone}
         turns = measure(read, runs, args.rounds)
         base = statistics.median(turns[names[0]].seconds)
-        for name in names:
+        for name in runs:
             p20, p50, p80 = spread(turns[name].seconds)
             num_bytes = routes.bytes[name].total(context, rows=batch)
             pairs = zip(turns[name].seconds, turns[name].reads, strict=True)

@@ -33,8 +33,8 @@ MUTATIONS = [
     (
         LINEAR,
         "pieces - 1 - range.stolen.fetch_add",
-        "pieces - 2 - range.stolen.fetch_add",
-        "the last piece is never taken from another thread",
+        "pieces - 1 - 0 * range.stolen.fetch_add",
+        "the last piece is taken again and again",
     ),
     (
         LINEAR,

@@ -10,6 +10,7 @@ from PIL import Image
 from bench import context, decode, generate, readme
 from bench.card import image_key_bytes, weight_bytes
 from bench.contestants import Ours, Transformers, contestants
+from bench.llama_peer import KINDS, write_gguf
 from bench.report import RESULTS, setting
 from bench.synthetic import SHAPES, full_tokenizer, random_model, shape_config, synthetic
 from nvlm_runtime import NVLM
@@ -357,3 +358,34 @@ def test_a_step_stands_beside_the_reads_around_it(monkeypatch):
     assert told == ["read", *["a", "read", "b", "read"] * 3]
     assert turns["a"] == decode.Turns([10, 11], [(4 + 8) / 2, (16 + 32) / 2])
     assert turns["b"] == decode.Turns([20, 21], [(8 + 16) / 2, (32 + 64) / 2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_gets_our_weights(kind, tmp_path):
+    """Every tensor in the file, under llama.cpp's name, within a step of what it was made of."""
+    gguf = pytest.importorskip("gguf")
+    model = random_model(shape_config("micro", "d"), torch.bfloat16)
+    read = write_gguf(model, kind, tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    decoder, text = model.language_model, model.config.text
+    assert len(tensors) == 3 + 12 * text.num_hidden_layers
+    assert read == sum(t.data.nbytes for name, t in tensors.items() if name != "token_embd.weight")
+    qkv, up = decoder.layers[1].self_attn.qkv_proj, decoder.layers[1].mlp.gate_up_proj
+    inner = text.num_attention_heads * text.head_dim
+    kv = text.num_key_value_heads * text.head_dim
+    wanted = {
+        "output.weight": decoder.lm_head.weight,
+        "blk.1.attn_k.weight": qkv.weight[inner : inner + kv],
+        "blk.1.attn_v.bias": qkv.bias[inner + kv :],
+        "blk.1.ffn_up.weight": up.weight[text.intermediate_size :],
+    }
+    for name, want in wanted.items():
+        got = torch.from_numpy(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).copy())
+        error = (got.view(want.shape) - want.float()).abs().max()
+        assert error <= {"bf16": 0, "q8_0": 0.005, "q4_0": 0.13}[kind] * want.abs().max(), name
+
+
+def test_llama_cpp_has_no_gated_layers(tmp_path):
+    with pytest.raises(ValueError, match="compared on NVLM-D"):
+        write_gguf(random_model(shape_config("micro", "x"), torch.bfloat16), "bf16", tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
