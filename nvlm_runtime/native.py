@@ -3,8 +3,8 @@ the memory's speed.
 
 Weights are read where the model holds them; norms, biases and gates, which are small, are copied to fp32, so a decoder
 whose weights change needs a new `NativeDecoder`. Activations stay in fp32 from the embedding to the logits: it rounds
-less than the eager step does. int8 and int4 weights multiply 16-bit integers that 512 activations at a time are rounded
-to, finer than bf16 is; two for each where the model is fp32, and then as finely as that.
+less than the eager step does. int8 and int4 weights multiply 16-bit integers: activations are rounded to 1/65534 of the
+largest of 512; where the model is fp32, two integers each, to 1/2^31 of it.
 """
 
 import ctypes

@@ -5,8 +5,8 @@ L out features, K in features.
     int8    w[l, k] = scale[l] * q[l, k]               q in -127..127, an fp32 scale a row
     int4    w[l, k] = scale[l, k // 32] * q[l, k]      q in -8..7, a bf16 scale for 32 weights
 
-The native step (nvlm_kernels/native) reads these buffers as they stand, and rounds activations to 16-bit integers, less
-than bf16 does. `forward` is the reference and what a prompt goes through: activations as they are, the weights of some
+The native step (nvlm_kernels/native) reads these buffers as they stand, and rounds activations to 1/65534 of the
+largest of 512. `forward` is the reference and what a prompt goes through: activations as they are, the weights of some
 rows at a time made dense, an ordinary product. Bound: bytes, 8 and 4.5 bits a weight. int4's scale is the largest
 weight over -8, as in GGML's q4_0, so that the largest is exact.
 """

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 256;     // keys that one task of attention looks at
+constexpr int64_t CHUNK = 256;  // keys that one task of attention looks at
 
 // total [G][SPLIT] += q[g D + j] times number j of sixteen keys. keys: transposed; a lane of 32 bits holds one fp32
 // number or two of bf16.
@@ -61,7 +61,19 @@ void score(const float* q, const void* k, int64_t base, int64_t stride, int64_t 
     }
 }
 
-// acc [G][2 LANES], rows `ld` apart: the values of n keys times G heads' weights, 2 LANES of their D.
+// acc [G][LANES], rows `ld` apart: the values of n keys times G heads' weights, LANES of their D.
+template <int KIND, int G>
+inline void weigh_half(const float* weights, const void* v, int64_t base, int64_t stride, int64_t n, float* acc,
+                       int64_t ld) {
+    vf sums[G] = {};
+    for (int64_t s = 0; s < n; s++) {
+        const vf value = load16<KIND>(v, base + s * stride);
+        for (int g = 0; g < G; g++) sums[g] += spread(weights[g * CHUNK + s]) * value;
+    }
+    for (int g = 0; g < G; g++) store(acc + g * ld, sums[g]);
+}
+
+// As above, 2 LANES of their D.
 template <int KIND, int G>
 inline void weigh(const float* weights, const void* v, int64_t base, int64_t stride, int64_t n, float* acc,
                   int64_t ld) {
@@ -87,6 +99,10 @@ void weigh_all(const float* weights, const void* v, int64_t base, int64_t stride
                int64_t ld) {
     int64_t d = 0;
     for (; d + 2 * LANES <= D; d += 2 * LANES) weigh<KIND, G>(weights, v, base + d, stride, n, acc + d, ld);
+    if (d + LANES <= D) {
+        weigh_half<KIND, G>(weights, v, base + d, stride, n, acc + d, ld);
+        d += LANES;
+    }
     for (; d < D; d++)
         for (int g = 0; g < G; g++) {
             float total = 0;
@@ -104,12 +120,8 @@ void attend_some(const float* q, const void* k, const void* v, int64_t base, int
     for (int g = 0; g < G; g++) {
         float* row = scores + g * CHUNK;
         vf most = load(row);
-        for (int64_t s = LANES; s < n; s += LANES) {
-            const vf x = load(row + s);
-            most = (x > most) | (x != x) ? x : most;  // NaN wins
-        }
-        float peak = most[0];
-        for (int i = 1; i < LANES; i++) peak = most[i] > peak || most[i] != most[i] ? most[i] : peak;
+        for (int64_t s = LANES; s < n; s += LANES) most = larger(load(row + s), most);
+        const float peak = largest(most);
         vf total{};
         for (int64_t s = 0; s < n; s += LANES) {
             const vf weight = exp16(load(row + s) - peak);
@@ -168,10 +180,16 @@ struct Seen {
         out.left = num(slice) * cache.stride_slot * bytes;
         return out;
     }
-    // Those of this thread's first chunk.
+    // The next chunk from `slice` on that has keys, of the tasks before `last`; `then` where there is none.
+    Next upcoming(int64_t slice, int64_t last, const Next& then) const {
+        for (; slice * kv_heads < last; slice++)
+            if (num(slice)) return memory(slice);
+        return then;
+    }
+    // This thread's first.
     Next first() const {
-        const int64_t task = first_task(omp_get_thread_num());
-        return task < first_task(omp_get_thread_num() + 1) ? memory(task / kv_heads) : Next{};
+        const int64_t task = first_task(omp_get_thread_num()), last = first_task(omp_get_thread_num() + 1);
+        return task < last ? upcoming(task / kv_heads, last, Next{}) : Next{};
     }
 };
 
@@ -185,7 +203,7 @@ void attention_of(const Model& m, const Seen& seen, const float* q, int64_t ldq,
     Next& ahead = next;
     for (int64_t task = first; task < last; task++) {
         const int64_t slice = task / m.kv_heads, h = task % m.kv_heads, b = slice / chunks, c = slice % chunks;
-        if (task == first || h == 0) ahead = (slice + 1) * m.kv_heads < last ? seen.memory(slice + 1) : then;
+        if (task == first || h == 0) ahead = seen.upcoming(slice + 1, last, then);
         if (seen.num(slice))
             attend<KIND>(q + b * ldq + h * G * D, seen.cache, seen.base(slice) + h * D, seen.num(slice), G, D, scale,
                          parts + ((b * m.kv_heads + h) * chunks + c) * size, ahead);

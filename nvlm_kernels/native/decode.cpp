@@ -2,11 +2,11 @@
 //
 // A step reads every weight once, so it runs at the memory's speed if nothing else costs more: activations stay in fp32
 // (where weights are int8 or int4, integers stand for them: see integers.h), one parallel region spans the step, each
-// weight row is read once for all rows of the batch, and threads that wait ask for what they read next. A row's sums
+// weight row is fetched once for all rows of the batch, and threads that wait ask for what they read next. A row's sums
 // are added in one fixed order that depends neither on the batch nor on the number of threads: same input, same bits.
 //
-// Vector extensions of GCC and Clang, sixteen lanes wherever it runs; no fast-math. Shapes: B rows, C hidden size,
-// H heads, Hkv kv heads, D head size, S slots; matrices are [rows, cols], as torch's Linear keeps them.
+// Shapes: B rows, C hidden size, H heads, Hkv kv heads, D head size, S slots; matrices are [rows, cols], as torch's
+// Linear keeps them.
 
 #include <omp.h>
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -28,9 +29,8 @@ inline vi add_pairs(vi acc, vi x, vi w) {
 }
 
 // Rows of x as integers: x[i] is scale[i / SPAN] (a + b / 2^15), a and b of 16 bits, b only where PARTS is 2. A span
-// with a NaN or an infinity has such a scale. bf16 rounds a number by up to 1 / 256 of itself, a alone by up to
-// 1 / 65534 of the largest of SPAN: as many errors of that size, which add up as random ones do, are less than what
-// bf16 does to the largest alone.
+// with a NaN or an infinity has zeros and such a scale. a alone is off by up to 1 / 65534 of the largest of SPAN, which
+// is less than bf16's rounding for numbers above 1 / 128 of that, and more for those that are small beside it.
 template <int PARTS>
 struct Fixed {
     const vi* numbers;   // [B, spans, PARTS, LANES], in the order in which the weights lie
@@ -51,21 +51,17 @@ inline vi pair_up(vi low, vi high) { return (low & 0xffff) | high << 16; }
 template <int KIND, int PARTS>
 inline float fix_span(const float* x, vi* numbers, vi* eights) {
     vf most{};
-    for (int64_t i = 0; i < SPAN; i += LANES) {
-        const vf at = vf(vi(load(x + i)) & 0x7fffffff);
-        most = (at > most) | (at != at) ? at : most;  // NaN wins
-    }
-    float peak = 0;
-    for (int l = 0; l < LANES; l++) peak = most[l] > peak || most[l] != most[l] ? most[l] : peak;
-    const float inverse = peak > 1e-30f ? 32767.0f / peak : 0.0f;
-    const vf magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    for (int64_t i = 0; i < SPAN; i += LANES) most = larger(vf(vi(load(x + i)) & 0x7fffffff), most);
+    const float peak = largest(most);
+    const float inverse = peak > 1e-30f && peak < INFINITY ? 32767.0f / peak : 0.0f;
+    const vf round = spread(ROUND);
     constexpr int EACH = BLOCK / LANES;    // vectors of a block
     for (int64_t block = 0; block < SPAN / BLOCK; block++) {
         vi whole[PARTS][EACH];
         for (int j = 0; j < EACH; j++) {
-            const vf at = load(x + block * BLOCK + j * LANES) * inverse, rounded = at + magic;
-            whole[0][j] = vi(rounded) - vi(magic);
-            if constexpr (PARTS == 2) whole[1][j] = vi((at - (rounded - magic)) * 32768.0f + magic) - vi(magic);
+            const vf at = inverse == 0 ? vf{} : load(x + block * BLOCK + j * LANES) * inverse, rounded = at + round;
+            whole[0][j] = vi(rounded) - vi(round);
+            if constexpr (PARTS == 2) whole[1][j] = vi((at - (rounded - round)) * 32768.0f + round) - vi(round);
         }
         for (int part = 0; part < PARTS; part++) {
             vi* to = numbers + part * LANES + block * EACH / 2;

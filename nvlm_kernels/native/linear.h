@@ -1,4 +1,4 @@
-// y = x W^T + bias: each weight row is read once for all rows of x, at the memory's speed.
+// y = x W^T + bias: weights come from memory once for all rows of x, at its speed.
 
 #pragma once
 
@@ -33,7 +33,7 @@ constexpr int streams_of(int kind, bool is_alone) { return is_alone ? (kind == I
 
 // Columns up to which a row of x stays in the first cache, however much streams through it. Behind that, and with more
 // rows of x, weights have to be asked for in time (53 GB/s against 42 on that EPYC, 4,864 columns); before it the
-// processor does better alone (57 against 54, 896 columns), with fp32 and bf16.
+// processor does better alone (57 against 54, 896 columns, bf16; int8 in 0.91 of the time).
 constexpr int64_t FEW_COLS = 2048;
 
 // out[r][b] of the NR weight rows row + r * apart times NB rows of x, which for bf16 are as `unzip` makes them.
@@ -157,8 +157,8 @@ void share(const Matrix& m, int64_t B, const X& x, float* y, int64_t ldy) {
     turn ^= 1;
     team->ranges[turn][me].taken.store(0, std::memory_order_relaxed);
     team->ranges[turn][me].stolen.store(0, std::memory_order_relaxed);
-    for (int ahead = 0; ahead < team->num; ahead++) {
-        const int owner = (me + ahead) % team->num;
+    for (int turned = 0; turned < team->num; turned++) {
+        const int owner = (me + turned) % team->num;
         Team::Range& range = ranges[owner];
         const auto [first, last, apart] = share_of(m, NR, owner);
         const int64_t pieces = (apart + piece - 1) / piece;

@@ -17,7 +17,7 @@ constexpr int64_t BLOCK = 128;  // int4 weights in 64 bytes: nibble j of lane l 
 extern "C" {
 
 // scale: I8 fp32 [rows]; I4 bf16 [rows, cols / 32]. bias: fp32 [rows] or null. I4 rows are padded to whole blocks.
-// parts: of I8 and I4, the 16-bit integers that an activation is made of: 1, finer than bf16, or 2, as fine as fp32.
+// parts: of I8 and I4, the 16-bit integers that an activation is made of, 1 or 2: see integers.h.
 struct Matrix {
     const void* data;
     const void* scale;

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int MOST_STREAMS = 4;    // that a thread reads side by side
+constexpr int MOST_STREAMS = 4;  // that a thread reads side by side
 
 // Bytes between the weights in use and those asked for, into the second and into the first cache. Others from 4096, 512
 // to 32768, 4096 were no faster, with one stream.
@@ -26,7 +26,7 @@ inline void ask(const char* at) {
 // soon as the process has more threads than cores, and waking it takes longer than the work: 2.8 ms against 0.7 a step
 // of 9 MB of weights. This one spins, and lets others run after a while.
 struct Team {
-    // Of a product, a thread's share: pieces taken, and those of them that other threads took.
+    // Of a product, a thread's share: pieces taken (and tries when there was none left), those that other threads took.
     struct alignas(128) Range {
         std::atomic<int64_t> taken{0}, stolen{0};
     };
@@ -41,8 +41,8 @@ struct Team {
 thread_local Team* team = nullptr;
 thread_local int turn = 0;  // which of the ranges are this product's
 
-// What a thread reads next, stream by stream. It asks for that while it waits and while it computes, and the memory is
-// never idle.
+// What a thread reads next, stream by stream. It asks for that while it waits and while it attends, when the memory has
+// less to do.
 struct Next {
     const char* at[MOST_STREAMS] = {};
     int num = 0;

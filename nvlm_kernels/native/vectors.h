@@ -1,4 +1,4 @@
-// Sixteen numbers at a time: vector extensions of GCC and Clang, sixteen lanes wherever it runs; no fast-math.
+// Sixteen numbers at a time, wherever it runs: vector extensions of GCC and Clang; no fast-math.
 
 #pragma once
 
@@ -21,8 +21,6 @@ typedef float four __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
-typedef int16_t vs __attribute__((vector_size(32)));
-typedef int8_t vb __attribute__((vector_size(16)));
 
 // Lane l of the result is lane at[l], modulo their number, of a table or of two that follow each other.
 inline vf pick(vf table, vi at) {
@@ -105,14 +103,27 @@ inline float load1(const void* data, int64_t i) {
     return from_bf16(static_cast<const uint16_t*>(data)[i]);
 }
 
-// e^x to about 1e-7, 0 below -87.
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it to a number below 2^22 rounds that to an integer
+
+// The larger of two, lane by lane; NaN wins.
+inline vf larger(vf x, vf y) { return (x > y) | (x != x) ? x : y; }
+
+// The largest lane; NaN wins.
+inline float largest(vf x) {
+    float found = x[0];
+    for (int i = 1; i < LANES; i++) found = x[i] > found || x[i] != x[i] ? x[i] : found;
+    return found;
+}
+
+// e^x to about 1e-7, 0 below -87, no more than e^88.
 inline vf exp16(vf x) {
     const vf low = spread(-87.0f);
     vi under = x < low;
     x = under ? low : x;
+    const vf high = spread(88.0f);
+    x = x > high ? high : x;
     vf n = x * 1.44269504f;
-    const vf magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-    n = (n + magic) - magic;
+    n = (n + ROUND) - ROUND;
     vf r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     vf p = spread(1.9875691500e-4f);

@@ -48,8 +48,10 @@ MUTATIONS = [
     (INTEGERS, "group + int32_t(i * GROUPS)", "group", "every block has the first one's scales"),
     (INTEGERS, "(rounded - magic)) * 32768.0f", "(rounded - magic)) * 16384.0f", "the second integer is half of it"),
     (INTEGERS, "to_float(sums[PARTS - 1]) * 0x1p-15f", "to_float(sums[PARTS - 1]) * 0", "no second integer"),
-    (INTEGERS, "most = (at > most) | (at != at) ? at : most;", "most = at > most ? at : most;", "NaN is lost"),
-    (INTEGERS, "peak > 1e-30f ? 32767.0f / peak : 0.0f", "32767.0f / peak", "zeros divide by zero"),
+    (VECTORS, "return (x > y) | (x != x) ? x : y;", "return x > y ? x : y;", "NaN is lost"),
+    (VECTORS, "x = x > high ? high : x;", "", "e^89 and more has another sign"),
+    (INTEGERS, "peak > 1e-30f && peak < INFINITY ? 32767.0f / peak : 0.0f", "32767.0f / peak", "zeros divide by zero"),
+    (INTEGERS, "spread(ROUND)", "spread(ROUND / 4)", "half an integer more"),
     (INTEGERS, "std::memcpy(some, data[r] + i, std::min(HALF, n - i));", "", "int8 weights behind the last line"),
     (
         INTEGERS,

@@ -145,6 +145,18 @@ def test_a_row_that_sees_nothing_is_the_text_models(library):
     assert torch.equal(got, run(step, clone(cache), None, None, token, position))
 
 
+@torch.inference_mode()
+def test_gates_far_from_zero(library):
+    """e^x has no room there: the gate is 0 or the number itself."""
+    decoder, cache, kv, intervals, token, position = setting(TEXT, None, torch.float32)
+    for layer in decoder.layers:
+        layer.mlp.gate_up_proj.weight[: TEXT.intermediate_size] *= 300
+    want, _ = double(decoder, clone(cache), kv, intervals, token, position)
+    error = (eager(decoder, clone(cache), kv, intervals, token, position) - want).abs().max()
+    got = run(NativeDecoder(decoder, library), clone(cache), kv, intervals, token, position)
+    assert (got - want).abs().max() <= 2 * error + 1e-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
 def test_nothing_behind_a_row_is_read(library, dtype):

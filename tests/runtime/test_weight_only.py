@@ -122,20 +122,22 @@ def test_native_products(library, kind, size, batch):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_products_of_a_bf16_model(library, kind, size, batch):
-    """One integer an activation: at most the error of torch's bf16 product of the very weights, with outliers too; a
-    row's bits its own.
+    """One integer an activation, off by up to 1 / 65534 of the largest of 512, outliers or not: the errors of a row add
+    up as random ones do. A row's bits are its own.
     """
     rows, cols = size
     layer = KINDS[kind].of(linear(rows, cols))
-    weight = layer.dense(torch.float32)
+    weight = layer.dense(torch.float32).double()
     torch.manual_seed(1)
     x = torch.randn(batch, cols)
     x[-1, :: max(1, cols // 3)] *= 1000
     matrix, _kept = native_matrix(layer, parts=1)
     got = native_product(library, matrix, x)
-    exact = F.linear(x.double(), weight.double(), layer.bias.double())
-    eager = F.linear(x.bfloat16(), weight.bfloat16(), layer.bias.bfloat16())
-    assert ((got - exact).norm(dim=1) <= (eager - exact).norm(dim=1) + 2**-14 * exact.norm(dim=1)).all()
+    exact = F.linear(x.double(), weight, layer.bias.double())
+    step = torch.stack([span.abs().amax(1) for span in x.double().split(512, 1)], 1) / 65534  # [B, spans]
+    norms = torch.stack([span.square().sum() for span in weight.split(512, 1)])
+    allowed = (step.square() * norms).sum(1).sqrt()
+    assert ((got - exact).norm(dim=1) <= 1.5 * allowed + 2**-22 * exact.norm(dim=1)).all()
     assert all(torch.equal(native_product(library, matrix, x[i : i + 1])[0], got[i]) for i in range(batch))
     assert all(torch.equal(native_product(library, matrix, x, threads), got) for threads in (1, 3, 5))
 
@@ -160,8 +162,8 @@ def test_threads_take_each_others_rows(library, kind):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_integers_keep_what_is_not_finite(library, kind, parts):
-    """In its row, and nowhere else; zeros give the bias, tiny and huge numbers what they should."""
-    layer = KINDS[kind].of(linear(20, 700))
+    """In its row, and nowhere else; zeros give zeros, tiny and huge numbers what they should."""
+    layer = KINDS[kind].of(linear(20, 700, bias=False))
     x = torch.randn(7, 700)
     x[1, 650], x[2, 3], x[3, 0], x[4] = float("nan"), float("inf"), float("-inf"), 0
     x[5] *= 1e-25
@@ -169,11 +171,10 @@ def test_integers_keep_what_is_not_finite(library, kind, parts):
     matrix, _kept = native_matrix(layer, parts)
     got = native_product(library, matrix, x)
     assert not got[1:4].isfinite().any()
-    assert torch.equal(got[4], layer.bias)
+    assert not got[4].any()
     exact = F.linear(x.double(), layer.dense(torch.float64))
     for row in (0, 5, 6):
-        error = (got[row] - layer.bias - exact[row]).abs().max()
-        assert error <= 1e-3 * exact[row].abs().max() + 1e-7, row
+        assert (got[row] - exact[row]).abs().max() <= 1e-3 * exact[row].abs().max(), row
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
