@@ -36,7 +36,7 @@ def caught_by(part: str, tests: Sequence[str] | None, file: str, old: str, new: 
     is_kernel, tests = tests is None, tests or (f"tests/kernels/test_{part}.py",)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("nvlm_kernels", "nvlm_runtime", "tests", "bench", "pyproject.toml"):
+        for name in ("nvlm_kernels", "nvlm_runtime", "tests", "bench", "examples", "pyproject.toml"):
             source = ROOT / name
             if source.is_dir():
                 shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
