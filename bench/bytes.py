@@ -112,10 +112,10 @@ class FusedAttention(TorchFunctionMode):
 
 
 def eager_steps(call: Call) -> tuple[list[Step], list[Step]]:
-    """What eager torch does, forward and backward, torch's attention taken as one kernel."""
+    """What the reference does, forward and backward, torch's attention taken as one kernel."""
     attention: list[Step] = []
     with FusedAttention(attention), EagerBytes() as forward:
-        output = call.eager(*call.inputs)
+        output = call.ref(*call.inputs)
     forward.steps += attention
     if call.backward_bytes is None:
         return forward.steps, []

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
+    if "llama.cpp" in args.peers and find_spec("llama_cpp") is None:
+        parser.error(
+            "--peers llama.cpp needs llama-cpp-python: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python"
+        )
     names = [*args.routes, *(name for peer in args.peers for name in PEERS[peer])]
     model = random_model(shape_config(args.shape, "d"), getattr(torch, args.dtype))
     routes = Routes(model, max(args.contexts) + 1, max(args.batches), names)

@@ -68,7 +68,7 @@ def measure(case: Case, ours_only: bool) -> list[dict[str, Any]]:
     check(call)
     columns = {"triton": time_case(call.op, call)}
     if not ours_only:
-        columns["eager"] = time_case(call.eager, call)
+        columns["eager"] = time_case(call.ref, call)
         columns["compiled"] = time_case(torch.compile(call.ref, dynamic=False), call)
     memory, peak = ROOFS.get(torch.cuda.get_device_name(), (None, None))
     rows = []

@@ -1,7 +1,7 @@
 """What the roof allows: predicted times of every op at the 72B model's shapes. `python -m bench.predict [CASE...]`.
 
 Every number here is predicted, none measured. A step takes the longer of its bytes at the memory's published rate
-and its flops at the matrix unit's; eager is the sum over plain torch's aten ops, the roof the floor of the case (each
+and its flops at the matrix unit's; eager is the sum over the reference's aten ops, the roof the floor of the case (each
 array once, one launch each pass), the least time a perfect kernel could take. Ours has the floor's flops, those of what
 it makes again, and the bytes that `bench.traffic` counted to reach memory, at shapes scaled down, as a share of the
 floor: what rates its products reach, and what a launch takes, no count tells.

@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_op(benchmark, case, which):
     torch.manual_seed(0)
     call = case.build(torch.bfloat16 if DEVICE == "cuda" else torch.float32, DEVICE, **case.small)
-    fn = call.op if which == "op" else call.eager
+    fn = call.op if which == "op" else call.ref
 
     def run() -> None:
         output = fn(*call.inputs)

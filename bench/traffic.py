@@ -6,8 +6,7 @@ counted. Columns, in bytes over the floor (each array a pass needs once, each it
               block, which a cache serves, so
     memory    counts an address once a launch: what is left for the memory where the cache holds. A streaming kernel's
               weights are read again by every program too, so its `moved` is above its `memory` by that
-    eager     plain torch, every aten op reading its inputs and writing its outputs once: the reference, or what models
-              in use run where that moves more
+    eager     the reference, every aten op reading its inputs and writing its outputs once
     compiled  the graphs Inductor would emit for the reference, by its own count, after its fusions
 """
 

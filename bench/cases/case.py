@@ -12,7 +12,6 @@ from torch import Tensor
 class Call:
     """An op and its reference on inputs; floating inputs that require a gradient get one.
 
-    published: what models in use run, where the reference moves fewer bytes than that.
     forward_bytes, backward_bytes: each array a pass must read once and each it must write once; backward is None where
     nothing is trained through. weight_bytes: what of forward_bytes is weights; the rest is activations. flops:
     multiply-adds counted twice, of the same passes. repeated_flops: what the op's backward makes again beside them.
@@ -27,12 +26,6 @@ class Call:
     forward_flops: int = 0
     backward_flops: int = 0
     repeated_flops: int = 0
-    published: Callable[..., Any] | None = None
-
-    @property
-    def eager(self) -> Callable[..., Any]:
-        """What plain torch is timed and counted by."""
-        return self.published or self.ref
 
 
 @dataclass(frozen=True)

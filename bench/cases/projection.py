@@ -3,36 +3,10 @@
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from bench.cases.case import Call, Case, nbytes
 from nvlm_kernels.ops.gated_project import gated_project, gated_project_ref
 from nvlm_kernels.ops.pixel_shuffle_project import pixel_shuffle_project, pixel_shuffle_project_ref
-
-
-def published_projector(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    *,
-    version: str,
-    eps: float,
-    gelu: bool,
-    has_cls: bool,
-) -> Tensor:
-    """`pixel_shuffle_project_ref` as transformers and vLLM have it for InternVL and NVLM-D: a copy for each axis."""
-    x = x[:, 1:] if has_cls else x
-    num, patches, width = x.shape
-    side = round(patches**0.5)
-    x = x.reshape(num, side, side // 2, 2 * width).permute(0, 2, 1, 3).contiguous()
-    x = x.view(num, side // 2, side // 2, 4 * width)
-    if version == "v2":
-        x = x.permute(0, 2, 1, 3).contiguous()
-    x = F.layer_norm(x.view(num, patches // 4, 4 * width), norm_weight.shape, norm_weight, norm_bias, eps)
-    x = F.linear(x, weight)
-    return F.gelu(x) if gelu else x
 
 
 def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strategy, gelu, recompute=False) -> Call:
@@ -57,7 +31,6 @@ def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strat
         forward_flops=flops,
         backward_flops=2 * flops,
         repeated_flops=flops if gelu and recompute else 0,
-        published=partial(published_projector, **options),
     )
 
 

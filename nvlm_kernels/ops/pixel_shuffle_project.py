@@ -9,10 +9,8 @@ norm_weight, norm_bias: [4C]    weight: [F, 4C]    bias: [F] or none    y: [N, P
 K = 4C is four contiguous runs of C, so the shuffle is index arithmetic in the load: v1 and v2 differ by swapping r, q.
 
 "fused":           row statistics (mean, 1/sqrt(var + eps), fp32), then one GEMM that norms what it loads and has bias
-                   and GELU in its epilogue. Moves 2MK + MF elements of activations, and MF more where z is kept.
-"norm_then_gemm":  one kernel shuffles and norms into [M, 4C], then the vendor's GEMM and GELU: 3MK + 3MF, 3MK + MF
-                   without GELU. More than half of eager's with GELU, which the vendor's GEMM does not take in exactly.
-eager, published:  7MK + 3MF, 7MK + MF without GELU: a copy for each axis of the shuffle.
+                   and GELU in its epilogue. Moves 2MK + MF elements of activations, where eager moves 5MK + 3MF.
+"norm_then_gemm":  one kernel shuffles and norms into [M, 4C], then the vendor's GEMM and GELU: 3MK + 3MF.
 
 With dz = dy * gelu'(z) and dn = dz @ weight, gradients, d(x) in x's own layout with a CLS row of 0:
 

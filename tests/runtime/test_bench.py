@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from PIL import Image
@@ -363,7 +364,6 @@ def test_a_step_stands_beside_the_reads_around_it(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_gets_our_weights(kind, tmp_path):
     """Every tensor in the file, under llama.cpp's name, within a step of what it was made of."""
-    gguf = pytest.importorskip("gguf")
     model = random_model(shape_config("micro", "d"), torch.bfloat16)
     read = write_gguf(model, kind, tmp_path / "model.gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -389,3 +389,11 @@ def test_llama_cpp_has_no_gated_layers(tmp_path):
     with pytest.raises(ValueError, match="compared on NVLM-D"):
         write_gguf(random_model(shape_config("micro", "x"), torch.bfloat16), "bf16", tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_llama_cpp_is_asked_for_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(decode, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["decode", "--shape", "micro", "--peers", "llama.cpp"])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert "needs llama-cpp-python" in capsys.readouterr().err
