@@ -25,6 +25,7 @@ from nvlm_runtime import NVLM
 from nvlm_runtime.assembly import assemble
 from nvlm_runtime.backbone import backbone_digest, backbone_path
 from nvlm_runtime.bundled import BUNDLED
+from nvlm_runtime.features import Features
 from nvlm_runtime.joined import save_without_text_model
 from nvlm_runtime.micro.dataset import documents_hash
 from nvlm_runtime.micro.evaluate import evaluate
@@ -85,15 +86,15 @@ def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> 
     )
     model = assembly.model
     model.vision_model.load_state_dict(reading["tower"])
-    with torch.inference_mode():
+    with torch.no_grad():
         features = model.encode(first_tiles(documents))
-    init_projector(model, reading["projector"], features.clone())
+    init_projector(model, reading["projector"], features)
     open_gates(model)
     assembly.save(folder)
 
 
 @torch.no_grad()
-def init_projector(model: NVLMModel, linear: Mapping[str, Tensor], features: Tensor) -> None:
+def init_projector(model: NVLMModel, linear: Mapping[str, Tensor], features: Features) -> None:
     """NVLM-X's projector, as it is or as one of two layers, exactly: z is gelu(z) - gelu(-z).
 
     features: [N, 4P, C] of some tiles; over them image tokens get the variance of the positions beside them.

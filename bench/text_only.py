@@ -24,6 +24,7 @@ from bench.chart import COLOURS, one_axis, picture_path
 from bench.report import table, write
 from nvlm_runtime.assembly import assemble
 from nvlm_runtime.bundled import BUNDLED
+from nvlm_runtime.features import Features
 from nvlm_runtime.micro.dataset import write_dataset
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.tokenizer import Tokenizer
@@ -67,9 +68,9 @@ def text_logits(model: NVLMModel, document: Document) -> tuple[Tensor, Tensor]:
     return model.language_model.logits(hidden[learnt]), batch.labels[learnt]
 
 
-def _no_features(model: NVLMModel) -> Tensor:
+def _no_features(model: NVLMModel) -> Features:
     vision = model.config.vision
-    return torch.zeros(0, vision.num_patches, vision.hidden_size)
+    return Features(torch.zeros(0, vision.num_patches, vision.hidden_size))
 
 
 def losses(model: NVLMModel, documents: Sequence[Document]) -> list[float]:

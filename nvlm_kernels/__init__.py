@@ -3,12 +3,13 @@
 from nvlm_kernels.ops.add_rms_norm import add_rms_norm
 from nvlm_kernels.ops.decode_attention import decode_attention
 from nvlm_kernels.ops.gated_project import fold_gate, gated_project
-from nvlm_kernels.ops.layer_scale_residual import layer_scale_residual
+from nvlm_kernels.ops.layer_scale_residual import layer_scale_residual, layer_scale_residual_statistics
 from nvlm_kernels.ops.pixel_shuffle import pixel_shuffle
 from nvlm_kernels.ops.pixel_shuffle_project import pixel_shuffle_project
 from nvlm_kernels.ops.qk_norm import qk_norm, qk_norm_from_sums, qk_sum_squares
 from nvlm_kernels.ops.rms_norm import rms_norm
 from nvlm_kernels.ops.rotary import rotary, rotary_cache
+from nvlm_kernels.ops.row_statistics import row_statistics
 from nvlm_kernels.ops.split_attention import MAX_TOKENS as MAX_DECODE_TOKENS
 from nvlm_kernels.ops.swiglu import swiglu
 from nvlm_kernels.ops.tanh_gated_add import tanh_gated_add
@@ -23,6 +24,7 @@ __all__ = [
     "fold_gate",
     "gated_project",
     "layer_scale_residual",
+    "layer_scale_residual_statistics",
     "pixel_shuffle",
     "pixel_shuffle_project",
     "qk_norm",
@@ -31,6 +33,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotary_cache",
+    "row_statistics",
     "swiglu",
     "tanh_gated_add",
     "tile_attention",

@@ -66,7 +66,7 @@ class ImageEncoder:
         times.append(time.perf_counter())
         features = self.stages.encode(pixel_values)
         del pixel_values
-        self._wait(features)
+        self._wait(features.patches)
         times.append(time.perf_counter())
         tokens = self.stages.project(features)
         kv = self._keys_values(tokens, replace(image, place=0)) if self.model.config.cross else None

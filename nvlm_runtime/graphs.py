@@ -15,9 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nvlm_kernels import row_statistics
 from nvlm_runtime.attention import FlatPast
 from nvlm_runtime.cache import CrossKV
 from nvlm_runtime.decoder import CrossView
+from nvlm_runtime.features import Features
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.sampling import Draw
 from nvlm_runtime.slots import Slots
@@ -70,16 +72,21 @@ class GraphStages(Stages):
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         model.language_model.rotary.frequencies(self.device)  # made on the host, once
         self.stages: dict[tuple, Stage] = {}
+        self._features: dict[int, Features] = {}  # by tile count: what encoding writes and projecting reads
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def encode(self, pixel_values: Tensor) -> Features:
+        """Features in buffers that the next picture of as many tiles writes over."""
         stage = self._stage(("encode", len(pixel_values)), partial(self._encode_stage, len(pixel_values)))
         stage.buffers["pixel_values"].copy_(pixel_values)
         stage()
-        return stage.buffers["features"]
+        return self._features_of(len(pixel_values))
 
-    def project(self, features: Tensor) -> Tensor:
-        stage = self._stage(("project", len(features)), partial(self._project_stage, len(features)))
-        stage.buffers["features"].copy_(features)
+    def project(self, features: Features) -> Tensor:
+        """Of features as `encode` gave them last for as many tiles."""
+        num_tiles = len(features.patches)
+        if features is not self._features_of(num_tiles):
+            raise ValueError(f"stages: features of {num_tiles} tiles must be what encode has returned, got a copy")
+        stage = self._stage(("project", num_tiles), partial(self._project_stage, num_tiles))
         stage()
         return stage.buffers["tokens"].clone()
 
@@ -140,25 +147,33 @@ class GraphStages(Stages):
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
+    def _features_of(self, num_tiles: int) -> Features:
+        if num_tiles not in self._features:
+            vision = self.model.config.vision
+            patches = self._empty(num_tiles, vision.num_patches, vision.hidden_size)
+            statistics = self._empty(num_tiles, vision.num_patches, 2, dtype=torch.float32)
+            self._features[num_tiles] = Features(patches, statistics)
+        return self._features[num_tiles]
+
     def _encode_stage(self, num_tiles: int) -> Stage:
-        vision = self.model.config.vision
-        pixel_values = self._empty(num_tiles, 3, vision.image_size, vision.image_size)
-        features = self._empty(num_tiles, vision.num_patches, vision.hidden_size)
+        size, features = self.model.config.vision.image_size, self._features_of(num_tiles)
+        pixel_values = self._empty(num_tiles, 3, size, size)
 
         def fn() -> None:
-            features.copy_(self.model.encode(pixel_values))
+            made = self.model.encode(pixel_values)
+            features.patches.copy_(made.patches)
+            features.statistics.copy_(row_statistics(made.patches) if made.statistics is None else made.statistics)
 
-        return Stage(f"encode {num_tiles}", fn, {"pixel_values": pixel_values, "features": features})
+        return Stage(f"encode {num_tiles}", fn, {"pixel_values": pixel_values, **vars(features)})
 
     def _project_stage(self, num_tiles: int) -> Stage:
-        config = self.model.config
-        features = self._empty(num_tiles, config.vision.num_patches, config.vision.hidden_size)
+        config, features = self.model.config, self._features_of(num_tiles)
         tokens = self._empty(num_tiles, config.tokens_per_tile, config.text.hidden_size)
 
         def fn() -> None:
             tokens.copy_(self.model.project(features))
 
-        return Stage(f"project {num_tiles}", fn, {"features": features, "tokens": tokens})
+        return Stage(f"project {num_tiles}", fn, {"tokens": tokens, **vars(features)})
 
     def _prefill_stage(self, slots: Slots, length: int) -> Stage:
         width = self.model.config.text.hidden_size

@@ -16,6 +16,7 @@ from nvlm_runtime.adapter import AdaptedLinear
 from nvlm_runtime.attention import Documents, PackedPast
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.decoder import CrossView, Decoder
+from nvlm_runtime.features import Features
 from nvlm_runtime.layout import ImageLayout, Layout
 from nvlm_runtime.parallel import SOLO, Group, VisionSplit, shard_config
 from nvlm_runtime.vision import InternViT
@@ -65,16 +66,16 @@ class NVLMModel(nn.Module):
         tensors = (*self.parameters(), *self.buffers())
         return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def encode(self, pixel_values: Tensor) -> Features:
         """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size], one a patch, before shuffle and projector."""
-        return self.vision_model(pixel_values)
+        return self.vision_model.features(pixel_values)
 
-    def project(self, features: Tensor) -> Tensor:
+    def project(self, features: Features) -> Tensor:
         """Features to image tokens [N, P, C]: pixel shuffle and the projector."""
         norm, first, *rest = self.mlp1
         if isinstance(first, AdaptedLinear):
-            return self.mlp1(pixel_shuffle(features, self.config.ps_version))
-        given = (features, norm.weight, norm.bias)
+            return self.mlp1(pixel_shuffle(features.patches, self.config.ps_version))
+        given = (features.patches, norm.weight, norm.bias)
         if rest:  # the norm is inside what is shared out
             given = tuple(map(self.group.spread, given))
         x = pixel_shuffle_project(
@@ -83,6 +84,7 @@ class NVLMModel(nn.Module):
             version=self.config.ps_version,
             eps=norm.eps,
             gelu=bool(rest),
+            statistics=features.statistics,
             recompute=self.language_model.recompute,
         )
         return self.group.reduce(rest[-1](x)) if rest else x
@@ -139,7 +141,7 @@ class NVLMModel(nn.Module):
         self,
         input_ids: Tensor,
         layouts: Sequence[Layout],
-        features: Sequence[Tensor],
+        features: Sequence[Features],
         documents: Documents | None = None,
     ) -> Tensor:
         """Whole sequences without a cache: input_ids [B, T], a layout and the features of its tiles [N, 4P, C] a row.

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from nvlm_kernels.native import Native
 from nvlm_runtime.cache import CrossKV
 from nvlm_runtime.decoder import CrossView
+from nvlm_runtime.features import Features
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.native import NativeDecoder
 from nvlm_runtime.rank_sampling import draw_over_ranks
@@ -57,25 +58,26 @@ class Stages:
     def forget(self, slots: Slots) -> None:
         """Lets go of buffers that are no longer used."""
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def encode(self, pixel_values: Tensor) -> Features:
         """Tiles of one image [N, 3, S, S] to features [N, 4P, C]. A CPU takes large tiles one by one: they stay in its
         cache, and a tile's bits do not depend on its neighbours.
         """
         with record_function("nvlm.encode"):
-            return self._by_tiles(self.model.encode, pixel_values)
+            parts = pixel_values.split(self._together(pixel_values))
+            return Features.cat([self.model.encode(some) for some in parts])
 
-    def project(self, features: Tensor) -> Tensor:
+    def project(self, features: Features) -> Tensor:
         """Features to image tokens [N, P, C], a CPU's as `encode` takes them."""
         with record_function("nvlm.project"):
-            return self._by_tiles(self.model.project, features)
+            tokens = [self.model.project(some) for some in features.split(self._together(features.patches))]
+            return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
-    def _by_tiles(self, run: Callable[[Tensor], Tensor], tiles: Tensor) -> Tensor:
-        vision, count = self.model.config.vision, len(tiles)
-        if tiles.device.type == "cpu" and self.model.group.size == 1:
-            count = max(1, CACHED // ((vision.num_patches + 1) * vision.hidden_size))
-        if count >= len(tiles):
-            return run(tiles)
-        return torch.cat([run(some) for some in tiles.split(count)])
+    def _together(self, tiles: Tensor) -> int:
+        """How many of them run at once."""
+        if tiles.device.type != "cpu" or self.model.group.size > 1:
+            return len(tiles)
+        vision = self.model.config.vision
+        return max(1, CACHED // ((vision.num_patches + 1) * vision.hidden_size))
 
     def embed(self, input_ids: Tensor, where: Tensor, tokens: Tensor) -> Tensor:
         """A chunk's inputs [1, T, C]: token ids [T], with image tokens [n, C] at the places `where` [n]."""

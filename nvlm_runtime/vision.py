@@ -11,9 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_kernels import add_rms_norm, layer_scale_residual, qk_norm, qk_norm_from_sums, qk_sum_squares, rms_norm
+from nvlm_kernels import (
+    add_rms_norm,
+    layer_scale_residual,
+    layer_scale_residual_statistics,
+    qk_norm,
+    qk_norm_from_sums,
+    qk_sum_squares,
+    rms_norm,
+)
 from nvlm_kernels.native import Native
 from nvlm_runtime.config import VisionConfig
+from nvlm_runtime.features import Features
 from nvlm_runtime.parallel import SOLO, Group, VisionShard
 from nvlm_runtime.vision_attention import attend
 
@@ -131,9 +140,13 @@ class Block(nn.Module):
         self.mlp = MLP(config, group)
         self.ls2 = nn.Parameter(torch.full((config.hidden_size,), 0.1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, last: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x, and where this is the last block the statistics of its rows, if a kernel makes them."""
         x = layer_scale_residual(x, self.attn(self.norm1(x)), self.ls1)
-        return layer_scale_residual(x, self.mlp(self.norm2(x)), self.ls2)
+        branch = self.mlp(self.norm2(x))
+        if last:
+            return layer_scale_residual_statistics(x, branch, self.ls2)
+        return layer_scale_residual(x, branch, self.ls2), None
 
 
 class Encoder(nn.Module):
@@ -141,10 +154,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, group) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [N, 1 + P, C], and the statistics [N, 1 + P, 2] of its rows where kernels run."""
+        statistics = None
+        for i, layer in enumerate(self.layers):
+            x, statistics = layer(x, last=i == len(self.layers) - 1)
+        return x, statistics
 
 
 class InternViT(nn.Module):
@@ -163,11 +178,16 @@ class InternViT(nn.Module):
         self.encoder = Encoder(config, group if by_heads else SOLO)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.features(pixel_values).patches
+
+    def features(self, pixel_values: Tensor) -> Features:
+        """What forward gives, with the statistics that the projector's norm needs where kernels have made them."""
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"vision: expected tiles [N, 3, {size}, {size}], got {tuple(pixel_values.shape)}")
         if self.tile_group.size == 1:
-            return self.encoder(self.embeddings(pixel_values))[:, 1:]
+            x, statistics = self.encoder(self.embeddings(pixel_values))
+            return Features(x[:, 1:], None if statistics is None else statistics[:, 1:])
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError("vision: a tower whose tiles are shared out does not train: use vision_split='heads'")
         num, size, rank = len(pixel_values), self.tile_group.size, self.tile_group.rank
@@ -176,5 +196,5 @@ class InternViT(nn.Module):
         config = self.config
         features = pixel_values.new_zeros(each, config.num_patches, config.hidden_size)
         if len(mine):
-            features[: len(mine)] = self.encoder(self.embeddings(mine))[:, 1:]
-        return self.tile_group.gather(features, dim=0)[:num]
+            features[: len(mine)] = self.encoder(self.embeddings(mine))[0][:, 1:]
+        return Features(self.tile_group.gather(features, dim=0)[:num])

@@ -7,22 +7,28 @@ import torch
 from bench.cases.case import Call, Case, nbytes
 from nvlm_kernels.ops.gated_project import gated_project, gated_project_ref
 from nvlm_kernels.ops.pixel_shuffle_project import pixel_shuffle_project, pixel_shuffle_project_ref
+from nvlm_kernels.ops.row_statistics import row_statistics_ref
 
 
-def _pixel_shuffle_project(dtype, device, tiles, side, width, features, *, strategy, gelu, recompute=False) -> Call:
-    """A ViT's output with its CLS row, and no biases: the published projectors have none in their Linear."""
+def _pixel_shuffle_project(
+    dtype, device, tiles, side, width, features, *, strategy, gelu, recompute=False, alone=False
+) -> Call:
+    """A ViT's output with its CLS row, and no biases: the published projectors have none in their Linear. alone: not
+    given the statistics, which the ViT's last kernel makes.
+    """
     make = partial(torch.randn, dtype=dtype, device=device)
     x, norm_weight, norm_bias = make(tiles, 1 + side * side, width), make(4 * width), make(4 * width)
     weight = make(features, 4 * width) / (4 * width) ** 0.5
     inputs = [t.detach().requires_grad_() for t in (x, norm_weight, norm_bias, weight)]
     options = dict(version="v2", eps=1e-5, gelu=gelu, has_cls=True)
     rows = tiles * side * side // 4
-    moved = nbytes(x[:, 1:], norm_weight, norm_bias, weight)
+    statistics = None if alone else row_statistics_ref(x[:, 1:])
+    moved = nbytes(x[:, 1:], norm_weight, norm_bias, weight) + 8 * 4 * rows
     y = rows * features * x.element_size()
     flops = 2 * rows * 4 * width * features
     kept = gelu and not recompute
     return Call(
-        partial(pixel_shuffle_project, strategy=strategy, recompute=recompute, **options),
+        partial(pixel_shuffle_project, statistics=statistics, strategy=strategy, recompute=recompute, **options),
         partial(pixel_shuffle_project_ref, bias=None, **options),
         tuple(inputs),
         forward_bytes=moved + y,
@@ -62,18 +68,24 @@ def _shuffle_cases() -> tuple[Case, ...]:
         "x": (dict(features=8192), dict(tiles=1, features=816)),
         "d": (dict(features=29568), dict(tiles=2, features=2944)),
     }
-    ways = [(variant, {"strategy": strategy}) for variant in dims for strategy in ("fused", "norm_then_gemm")]
-    ways.append(("d", {"strategy": "fused", "recompute": True}))
+    ways = {
+        "fused": {"strategy": "fused"},
+        "norm_then_gemm": {"strategy": "norm_then_gemm"},
+        "recompute": {"strategy": "fused", "recompute": True},
+        "alone": {"strategy": "fused", "alone": True},
+    }
     return tuple(
         Case(
             "pixel_shuffle_project",
-            f"{variant}-{'recompute' if 'recompute' in way else way['strategy']}",
-            "matmul" if way["strategy"] == "fused" else "stream",  # the other's product is the vendor's
+            f"{variant}-{name}",
+            "stream" if name == "norm_then_gemm" else "matmul",  # whose product is the vendor's
             partial(_pixel_shuffle_project, gelu=variant == "d", **way),
             tiles | dims[variant][0],
             small | dims[variant][1],
         )
-        for variant, way in ways
+        for variant in dims
+        for name, way in ways.items()
+        if variant == "d" or name in ("fused", "norm_then_gemm")
     )
 
 

@@ -4,12 +4,18 @@ Full sizes are the 72B model's: 8192 rows of text (C 8192, I 29568, 64 heads, 8 
 tokens in the 6B tower (C 3200); decode is a step of a batch of 32. Bytes: each array of rows once, each weight once.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bench.cases.case import Call, Case, nbytes
 from nvlm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
-from nvlm_kernels.ops.layer_scale_residual import layer_scale_residual, layer_scale_residual_ref
+from nvlm_kernels.ops.layer_scale_residual import (
+    layer_scale_residual,
+    layer_scale_residual_ref,
+    layer_scale_residual_statistics,
+)
 from nvlm_kernels.ops.qk_norm import (
     qk_norm,
     qk_norm_from_sums,
@@ -20,6 +26,7 @@ from nvlm_kernels.ops.qk_norm import (
 )
 from nvlm_kernels.ops.rms_norm import rms_norm, rms_norm_ref
 from nvlm_kernels.ops.rotary import rotary, rotary_cache, rotary_cache_ref, rotary_ref
+from nvlm_kernels.ops.row_statistics import row_statistics_ref
 from nvlm_kernels.ops.swiglu import swiglu, swiglu_ref
 from nvlm_kernels.ops.tanh_gated_add import tanh_gated_add, tanh_gated_add_ref
 
@@ -65,14 +72,19 @@ def _add_rms_norm(dtype, device, rows, width) -> Call:
     )
 
 
-def _layer_scale_residual(dtype, device, rows, width) -> Call:
+def _layer_scale_residual_statistics_ref(x: Tensor, branch: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    y = layer_scale_residual_ref(x, branch, scale)
+    return y, row_statistics_ref(y.detach())
+
+
+def _layer_scale_residual(dtype, device, rows, width, *, with_statistics=False) -> Call:
     x, branch = (_trained(dtype, device, rows, width) for _ in range(2))
     scale = _trained(dtype, device, width)
     return Call(
-        layer_scale_residual,
-        layer_scale_residual_ref,
+        layer_scale_residual_statistics if with_statistics else layer_scale_residual,
+        _layer_scale_residual_statistics_ref if with_statistics else layer_scale_residual_ref,
         (x, branch, scale),
-        forward_bytes=3 * nbytes(x) + nbytes(scale),
+        forward_bytes=3 * nbytes(x) + nbytes(scale) + 8 * rows * with_statistics,
         backward_bytes=3 * nbytes(x) + 2 * nbytes(scale),
     )
 
@@ -170,6 +182,14 @@ CASES = (
         "layer_scale_residual",
         "tower",
         _layer_scale_residual,
+        TOWER,
+        dict(rows=65, width=3200),
+        dict(rows=7 * 1025, width=256),
+    ),
+    _case(
+        "layer_scale_residual",
+        "statistics",
+        partial(_layer_scale_residual, with_statistics=True),
         TOWER,
         dict(rows=65, width=3200),
         dict(rows=7 * 1025, width=256),

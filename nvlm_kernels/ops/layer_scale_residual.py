@@ -9,6 +9,9 @@ With dy the gradient of y and the sum over rows:
 Source: InternViT's blocks, `ls1` and `ls2`. Bound: memory, 3 * numel * itemsize bytes each way (eager multiply-then-add
 moves five tensors). A program has BLOCK_R rows of BLOCK_C columns, so a scale is read once for many rows. Numerics:
 fp32 inside, one rounding at the store; dscale is at most PARTIALS fp32 rows, added up by torch.sum: same every run.
+
+The statistics of y's rows, of y as it is stored, can be had in the same pass: what norms y then need not read it first.
+A program has whole rows then, which it goes through block by block.
 """
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nvlm_kernels._backend import triton_op, use_triton
+from nvlm_kernels.ops.row_statistics import join_columns
 
 BLOCK_R, BLOCK_C = 32, 128  # with 8 warps 8 elements a lane of AMD's 64: a 16-byte load in bf16
 PARTIALS = 32  # times C / BLOCK_C column blocks: 800 programs at C = 3200; not measured
@@ -39,6 +43,34 @@ def _fwd_kernel(x_ptr, branch_ptr, scale_ptr, y_ptr, rows, C, BLOCK_R: tl.conste
     x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
     branch = tl.load(branch_ptr + offs, mask=mask).to(tl.float32)
     tl.store(y_ptr + offs, x + branch * scale[None, :], mask=mask)
+
+
+@triton.jit
+def _fwd_statistics_kernel(
+    x_ptr, branch_ptr, scale_ptr, y_ptr, stats_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mean = tl.zeros([BLOCK_R], tl.float32)
+    square = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, C, BLOCK_C):
+        cols = first + tl.arange(0, BLOCK_C)
+        mask = (row < rows)[:, None] & (cols < C)[None, :]
+        offs = row[:, None] * C + cols[None, :]
+        scale = tl.load(scale_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        y = (x + branch * scale[None, :]).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offs, y, mask=mask)
+        mean, square = join_columns(
+            mean,
+            square,
+            y.to(tl.float32),
+            mask,
+            tl.cast(first, tl.float32),
+            tl.minimum(C - first, BLOCK_C).to(tl.float32),
+        )
+    tl.store(stats_ptr + 2 * row, mean, mask=row < rows)
+    tl.store(stats_ptr + 2 * row + 1, square, mask=row < rows)
 
 
 @triton.jit
@@ -73,6 +105,19 @@ def _fwd(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
+@triton_op("nvlm::layer_scale_residual_statistics", mutates_args=())
+def _fwd_statistics(x: Tensor, branch: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    statistics = torch.empty(*x.shape[:-1], 2, dtype=torch.float32, device=x.device)
+    if y.numel():
+        width = len(scale)
+        rows = x.numel() // width
+        wrap_triton(_fwd_statistics_kernel)[(triton.cdiv(rows, BLOCK_R),)](
+            x, branch, scale, y, statistics, rows, width, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=8
+        )
+    return y, statistics
+
+
 @triton_op("nvlm::layer_scale_residual_bwd", mutates_args=())
 def _bwd(dy: Tensor, branch: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     dbranch = torch.empty_like(branch)
@@ -93,11 +138,18 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(branch, scale)
 
 
-def _backward(ctx, dy):
+def _save_statistics(ctx, inputs, output):
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, *_):
     return dy, *_bwd(dy.contiguous(), *ctx.saved_tensors)
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
+_fwd_statistics.register_autograd(_backward, setup_context=_save_statistics)
 
 
 def layer_scale_residual(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
@@ -105,18 +157,33 @@ def layer_scale_residual(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
 
     Raises ValueError otherwise.
     """
+    _check("layer_scale_residual", x, branch, scale)
+    if not use_triton(x):
+        return layer_scale_residual_ref(x, branch, scale)
+    return _fwd(x.contiguous(), branch.contiguous(), scale.contiguous())
+
+
+def layer_scale_residual_statistics(x: Tensor, branch: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """y = x + branch * scale and, as `row_statistics`, those of its rows [*, 2]; None where no kernel runs.
+
+    x, branch, scale, errors: as `layer_scale_residual`'s. The statistics have no gradient.
+    """
+    _check("layer_scale_residual_statistics", x, branch, scale)
+    if not use_triton(x):
+        return layer_scale_residual_ref(x, branch, scale), None
+    return _fwd_statistics(x.contiguous(), branch.contiguous(), scale.contiguous())
+
+
+def _check(name: str, x: Tensor, branch: Tensor, scale: Tensor) -> None:
     if x.shape != branch.shape or x.dim() == 0 or scale.shape != x.shape[-1:]:
         raise ValueError(
-            f"layer_scale_residual: x and branch must be [*, C] and scale [C], "
+            f"{name}: x and branch must be [*, C] and scale [C], "
             f"got {tuple(x.shape)}, {tuple(branch.shape)}, {tuple(scale.shape)}"
         )
     if not x.dtype == branch.dtype == scale.dtype or not x.device == branch.device == scale.device:
         raise ValueError(
-            f"layer_scale_residual: x, branch and scale must share dtype and device, "
+            f"{name}: x, branch and scale must share dtype and device, "
             f"got {x.dtype} {x.device}, {branch.dtype} {branch.device}, {scale.dtype} {scale.device}"
         )
-    if not use_triton(x):
-        return layer_scale_residual_ref(x, branch, scale)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"layer_scale_residual: x must be float32, float16 or bfloat16 for its kernel, got {x.dtype}")
-    return _fwd(x.contiguous(), branch.contiguous(), scale.contiguous())
+    if use_triton(x) and x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name}: x must be float32, float16 or bfloat16 for its kernel, got {x.dtype}")

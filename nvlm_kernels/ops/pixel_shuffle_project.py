@@ -6,11 +6,14 @@
 
 x: [N, S*S, C], or [N, 1 + S*S, C] with a CLS row that is skipped by stride and never read; any tile and row stride.
 norm_weight, norm_bias: [4C]    weight: [F, 4C]    bias: [F] or none    y: [N, P, F]    M = N * P rows of the product.
+statistics: [N, S*S, 2], of every patch, as `row_statistics` makes them in a pass of memory, or as the tower's last
+residual add made them when it wrote x (`layer_scale_residual_statistics`); a token's are joined from its 4 patches'.
 K = 4C is four contiguous runs of C, so the shuffle is index arithmetic in the load: v1 and v2 differ by swapping r, q.
 
-"fused":           row statistics (mean, 1/sqrt(var + eps), fp32), then one GEMM that norms what it loads and has bias
-                   and GELU in its epilogue. Moves 2MK + MF elements of activations, where eager moves 5MK + 3MF.
+"fused":           one GEMM that norms what it loads and has bias and GELU in its epilogue. Moves MK + MF elements of
+                   activations, where eager moves 5MK + 3MF.
 "norm_then_gemm":  one kernel shuffles and norms into [M, 4C], then the vendor's GEMM and GELU: 3MK + 3MF.
+Each moves MK more where it is not given the statistics, and MF more where it keeps z.
 
 With dz = dy * gelu'(z) and dn = dz @ weight, gradients, d(x) in x's own layout with a CLS row of 0:
 
@@ -20,10 +23,10 @@ With dz = dy * gelu'(z) and dn = dz @ weight, gradients, d(x) in x's own layout 
 n is made again from x in the backward (a pass of memory, instead of M * 4C saved). z is saved, M * F elements that
 eager keeps too, or with `recompute` made again as well, by a third GEMM. Without gradients nothing is saved.
 
-Bound: flops (2 M K F); the weight's bytes where M is a few hundred. Numerics: each block of columns has its own mean
-and blocks are joined by Chan's update, so a mean a thousand times the deviation cancels nothing. n and z are rounded to
-x's type and sums are fp32, as in F.layer_norm, F.linear and F.gelu; gradients of the norm's weights are fp32 partial
-sums. To fold the norm into the weight instead, (s @ W') - mean * sum(W'), would subtract what a large mean makes large.
+Bound: flops (2 M K F); the weight's bytes where M is a few hundred. Numerics: statistics are joined by Chan's update,
+so a mean a thousand times the deviation cancels nothing. n and z are rounded to x's type and sums are fp32, as in
+F.layer_norm, F.linear and F.gelu; gradients of the norm's weights are fp32 partial sums. To fold the norm into the
+weight instead, (s @ W') - mean * sum(W'), would subtract what a large mean makes large.
 Source: Chan, Golub, LeVeque 1979 for the update; pixel_shuffle.py and the projector of the published NVLM-D code.
 """
 
@@ -41,6 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from nvlm_kernels._backend import triton_op, use_triton
 from nvlm_kernels.ops.gemm import GROUP, grouped_order, tile_sizes
 from nvlm_kernels.ops.pixel_shuffle import pixel_shuffle_ref
+from nvlm_kernels.ops.row_statistics import block_of, row_statistics
 
 # The chip the strategy is predicted for: H100 SXM, dense bf16, from NVIDIA's data sheet.
 FLOPS, BYTES = 989e12, 3.35e12
@@ -71,7 +75,7 @@ def pick_strategy(rows: int, width: int, features: int, gelu: bool) -> str:
     """
     flops, weight = 2 * rows * width * features / FLOPS, 2 * width * features / BYTES
     lost = max(flops / FUSED_RATE, weight) - max(flops, weight)
-    saved = 2 * rows * (width + 2 * features * gelu) / BYTES
+    saved = 4 * rows * (width + features * gelu) / BYTES
     return "fused" if lost <= saved else "norm_then_gemm"
 
 
@@ -92,6 +96,20 @@ def _run_at(run, half, stride_p):
 
 
 @triton.jit
+def _token_statistics(stats_ptr, token, inside, half, C, stride_n, eps, V1: tl.constexpr):
+    """Mean and 1/sqrt(var + eps) of tokens, joined from the statistics of their patches, which lie as x's rows do."""
+    first = stats_ptr + _patch_of(token, half, stride_n, 2, 0, V1)
+    mean = tl.load(first, mask=inside, other=0.0)
+    square = tl.load(first + 1, mask=inside, other=0.0)
+    for run in tl.static_range(1, 4):
+        at = first + _run_at(run, half, 2)
+        step = tl.load(at, mask=inside, other=0.0) - mean
+        square += tl.load(at + 1, mask=inside, other=0.0) + step * step * (C * (run / (run + 1)))
+        mean += step * (1 / (run + 1))
+    return mean, tl.rsqrt(square / (4 * C) + tl.full([], eps, tl.float32))
+
+
+@triton.jit
 def _norm_kernel(
     x_ptr,
     norm_weight_ptr,
@@ -103,53 +121,29 @@ def _norm_kernel(
     C,
     stride_n,
     stride_p,
+    stats_stride_n,
     eps,
     FIRST: tl.constexpr,
     V1: tl.constexpr,
-    STATS: tl.constexpr,  # statistics are computed and stored, else loaded
-    NORMED: tl.constexpr,  # the normed rows are stored
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = token < num_tokens
     base = _patch_of(token, half, stride_n, stride_p, FIRST, V1)
+    mean, rstd = _token_statistics(stats_ptr, token, inside, half, C, stats_stride_n, eps, V1)
     num_blocks = tl.cdiv(C, BLOCK)
-    if STATS:
-        mean = tl.zeros([ROWS], tl.float32)
-        square = tl.zeros([ROWS], tl.float32)  # sum of squared deviations
-        for i in range(4 * num_blocks):
-            first = i % num_blocks * BLOCK
-            cols = first + tl.arange(0, BLOCK)
-            mask = inside[:, None] & (cols < C)[None, :]
-            at = base[:, None] + (_run_at(i // num_blocks, half, stride_p) + cols)[None, :]
-            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            before = (i // num_blocks * C + first).to(tl.float32)
-            count = tl.minimum(C - first, BLOCK).to(tl.float32)
-            here = tl.sum(x, 1) / count
-            apart = tl.where(mask, x - here[:, None], 0.0)
-            step = here - mean
-            share = count / (before + count)
-            square += tl.sum(apart * apart, 1) + step * step * (before * share)
-            mean += step * share
-        rstd = tl.rsqrt(square / (4 * C) + tl.full([], eps, tl.float32))
-        tl.store(stats_ptr + token, mean, mask=inside)
-        tl.store(stats_ptr + num_tokens + token, rstd, mask=inside)
-    else:
-        mean = tl.load(stats_ptr + token, mask=inside, other=0.0)
-        rstd = tl.load(stats_ptr + num_tokens + token, mask=inside, other=0.0)
-    if NORMED:
-        for i in range(4 * num_blocks):
-            cols = i % num_blocks * BLOCK + tl.arange(0, BLOCK)
-            in_run = cols < C
-            mask = inside[:, None] & in_run[None, :]
-            k = i // num_blocks * C + cols
-            at = base[:, None] + (_run_at(i // num_blocks, half, stride_p) + cols)[None, :]
-            x = tl.load(x_ptr + at, mask=mask).to(tl.float32)
-            norm_weight = tl.load(norm_weight_ptr + k, mask=in_run).to(tl.float32)
-            norm_bias = tl.load(norm_bias_ptr + k, mask=in_run).to(tl.float32)
-            y = (x - mean[:, None]) * rstd[:, None] * norm_weight[None, :] + norm_bias[None, :]
-            tl.store(normed_ptr + token[:, None] * (4 * C) + k[None, :], y, mask=mask)
+    for i in range(4 * num_blocks):
+        cols = i % num_blocks * BLOCK + tl.arange(0, BLOCK)
+        in_run = cols < C
+        mask = inside[:, None] & in_run[None, :]
+        k = i // num_blocks * C + cols
+        at = base[:, None] + (_run_at(i // num_blocks, half, stride_p) + cols)[None, :]
+        x = tl.load(x_ptr + at, mask=mask).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + k, mask=in_run).to(tl.float32)
+        norm_bias = tl.load(norm_bias_ptr + k, mask=in_run).to(tl.float32)
+        y = (x - mean[:, None]) * rstd[:, None] * norm_weight[None, :] + norm_bias[None, :]
+        tl.store(normed_ptr + token[:, None] * (4 * C) + k[None, :], y, mask=mask)
 
 
 @triton.jit
@@ -168,6 +162,8 @@ def _project_kernel(
     num_features,
     stride_n,
     stride_p,
+    stats_stride_n,
+    eps,
     FIRST: tl.constexpr,
     V1: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -183,8 +179,7 @@ def _project_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, in_n = token < num_tokens, offs_n < num_features
     base = _patch_of(token, half, stride_n, stride_p, FIRST, V1)
-    mean = tl.load(stats_ptr + token, mask=inside, other=0.0)
-    rstd = tl.load(stats_ptr + num_tokens + token, mask=inside, other=0.0)
+    mean, rstd = _token_statistics(stats_ptr, token, inside, half, C, stats_stride_n, eps, V1)
     num_blocks = tl.cdiv(C, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(4 * num_blocks):
@@ -229,6 +224,8 @@ def _norm_bwd_kernel(
     stride_n,
     stride_p,
     dx_stride_n,
+    stats_stride_n,
+    eps,
     FIRST: tl.constexpr,
     V1: tl.constexpr,
     ROWS: tl.constexpr,
@@ -239,8 +236,7 @@ def _norm_bwd_kernel(
     inside = token < num_tokens
     base = _patch_of(token, half, stride_n, stride_p, FIRST, V1)
     dx_base = _patch_of(token, half, dx_stride_n, C, FIRST, V1)
-    mean = tl.load(stats_ptr + token, mask=inside, other=0.0)
-    rstd = tl.load(stats_ptr + num_tokens + token, mask=inside, other=0.0)
+    mean, rstd = _token_statistics(stats_ptr, token, inside, half, C, stats_stride_n, eps, V1)
     num_blocks = tl.cdiv(C, BLOCK)
     sum_g = tl.zeros([ROWS], tl.float32)
     sum_gx = tl.zeros([ROWS], tl.float32)
@@ -272,34 +268,36 @@ def _norm_bwd_kernel(
         tl.store(dbias_ptr + pid * (4 * C) + k, tl.sum(dnormed, 0), mask=in_run)
 
 
-def _block(width: int, elements: int) -> tuple[int, int]:
-    """Rows and columns of a program's block of that many elements."""
-    block = min(512, triton.next_power_of_2(width))
-    return max(1, elements // block), block
-
-
-def _norm(x, norm_weight, norm_bias, stats, tokens, version, eps, has_cls, compute, store) -> Tensor:
-    """Launches the shuffle+norm kernel; the normed rows [M, 4C], or nothing where they are not to be stored."""
+def _norm(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    statistics: Tensor,
+    tokens: int,
+    version: str,
+    eps: float,
+    has_cls: bool,
+) -> Tensor:
+    """The shuffled and normed rows [M, 4C]."""
     width = x.shape[2]
-    normed = x.new_empty(tokens if store else 0, 4 * width)
-    rows, block = _block(width, 2048)  # 8 elements a thread with 4 warps of 64 lanes (AMD) and of 32 alike
+    normed = x.new_empty(tokens, 4 * width)
+    rows, block = block_of(width, 2048)  # 8 elements a thread with 4 warps of 64 lanes (AMD) and of 32 alike
     if tokens:
         wrap_triton(_norm_kernel)[(triton.cdiv(tokens, rows),)](
             x,
             norm_weight,
             norm_bias,
-            stats,
+            statistics,
             normed,
             tokens,
             _half(x, has_cls),
             width,
             x.stride(0),
             x.stride(1),
+            statistics.stride(0),
             eps,
             FIRST=int(has_cls),
             V1=version == "v1",
-            STATS=compute,
-            NORMED=store,
             ROWS=rows,
             BLOCK=block,
         )
@@ -317,22 +315,22 @@ def _fwd(
     norm_bias: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],  # noqa: UP045 (what torch's schema reader takes)
+    statistics: Tensor,
     version: str,
     eps: float,
     gelu: bool,
     has_cls: bool,
     fused: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, P, F]; stats [2, M]; z [M, F] where it is to be saved, else empty."""
+) -> tuple[Tensor, Tensor]:
+    """y [N, P, F]; z [M, F] where it is to be saved, else empty."""
     num, half, features = x.shape[0], _half(x, has_cls), weight.shape[0]
     tokens = num * half * half
-    stats = torch.empty(2, tokens, dtype=torch.float32, device=x.device)
-    normed = _norm(x, norm_weight, norm_bias, stats, tokens, version, eps, has_cls, True, not fused)
     if not fused:
+        normed = _norm(x, norm_weight, norm_bias, statistics, tokens, version, eps, has_cls)
         z = F.linear(normed, weight, bias)
         y = F.gelu(z) if gelu else z
-        return y.view(num, half * half, features), stats, z if save else z.new_empty(0)
+        return y.view(num, half * half, features), z if save else z.new_empty(0)
     y = x.new_empty(num, half * half, features)
     z = x.new_empty(y.shape if save else 0)
     sizes = tile_sizes(tokens, x.dtype)
@@ -342,7 +340,7 @@ def _fwd(
             x,
             norm_weight,
             norm_bias,
-            stats,
+            statistics,
             weight,
             norm_bias if bias is None else bias,
             y,
@@ -353,6 +351,8 @@ def _fwd(
             features,
             x.stride(0),
             x.stride(1),
+            statistics.stride(0),
+            eps,
             FIRST=int(has_cls),
             V1=version == "v1",
             HAS_BIAS=bias is not None,
@@ -361,7 +361,7 @@ def _fwd(
             GROUP=GROUP,
             **sizes,
         )
-    return y, stats, z
+    return y, z
 
 
 @triton_op("nvlm::pixel_shuffle_project_bwd", mutates_args=())
@@ -372,16 +372,17 @@ def _bwd(
     norm_bias: Tensor,
     weight: Tensor,
     bias: Optional[Tensor],  # noqa: UP045
-    stats: Tensor,
+    statistics: Tensor,
     z: Tensor,
     version: str,
+    eps: float,
     gelu: bool,
     has_cls: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """z: as `_fwd` gives it; one that was not saved is made again."""
-    tokens, width = stats.shape[1], x.shape[2]
+    tokens, width = dy.shape[0] * dy.shape[1], x.shape[2]
     dz = dy.view(tokens, weight.shape[0])
-    normed = _norm(x, norm_weight, norm_bias, stats, tokens, version, 0.0, has_cls, False, True)
+    normed = _norm(x, norm_weight, norm_bias, statistics, tokens, version, eps, has_cls)
     if gelu:
         dz = torch.ops.aten.gelu_backward(dz, z.view(dz.shape) if z.numel() else F.linear(normed, weight, bias))
     dbias = dz.new_empty(0) if bias is None else dz.sum(0)
@@ -391,7 +392,7 @@ def _bwd(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if has_cls:
         dx[:, 0] = 0
-    rows, block = _block(width, 4096)
+    rows, block = block_of(width, 4096)
     programs = triton.cdiv(tokens, rows)
     parts = [torch.empty(programs, 4 * width, dtype=torch.float32, device=x.device) for _ in range(2)]
     if tokens:
@@ -399,7 +400,7 @@ def _bwd(
             dnormed,
             x,
             norm_weight,
-            stats,
+            statistics,
             dx,
             *parts,
             tokens,
@@ -408,6 +409,8 @@ def _bwd(
             x.stride(0),
             x.stride(1),
             dx.stride(0),
+            statistics.stride(0),
+            eps,
             FIRST=int(has_cls),
             V1=version == "v1",
             ROWS=rows,
@@ -419,17 +422,17 @@ def _bwd(
 
 
 def _save(ctx, inputs, output):
-    x, norm_weight, norm_bias, weight, bias, ctx.version, _, ctx.gelu, ctx.has_cls, _, _ = inputs
-    _, stats, z = output
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, stats, z)
-    ctx.mark_non_differentiable(stats, z)
+    x, norm_weight, norm_bias, weight, bias, statistics, ctx.version, ctx.eps, ctx.gelu, ctx.has_cls, _, _ = inputs
+    _, z = output
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, statistics, z)
+    ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, *_):
+def _backward(ctx, dy, _):
     saved = ctx.saved_tensors
-    *grads, dbias = _bwd(dy.contiguous(), *saved, ctx.version, ctx.gelu, ctx.has_cls)
-    return *grads, None if saved[4] is None else dbias, *[None] * 6
+    *grads, dbias = _bwd(dy.contiguous(), *saved, ctx.version, ctx.eps, ctx.gelu, ctx.has_cls)
+    return *grads, None if saved[4] is None else dbias, *[None] * 7
 
 
 _fwd.register_autograd(_backward, setup_context=_save)
@@ -446,14 +449,16 @@ def pixel_shuffle_project(
     eps: float,
     gelu: bool = False,
     has_cls: bool = False,
+    statistics: Tensor | None = None,
     strategy: str | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """[N, S*S, C] patches, or [N, 1 + S*S, C] with has_cls, to [N, S*S/4, F] projected image tokens.
 
     norm_weight, norm_bias: [4C]; weight: [F, 4C]; bias: [F] or None; all of x's dtype. version: "v1" or "v2".
-    strategy: "fused", "norm_then_gemm" or None, which lets `pick_strategy` choose; it matters where Triton runs.
-    recompute: of what is made here two numbers a row at most are kept for the backward, which makes the rest again.
+    statistics: [N, S*S, 2] fp32, `row_statistics` of the patches, not checked to be theirs; made here where None.
+    strategy: "fused", "norm_then_gemm" or None, which lets `pick_strategy` choose. Both matter where Triton runs.
+    recompute: of what is made here the statistics at most are kept for the backward, which makes the rest again.
     Raises ValueError on any other shape, dtype, device or name.
     """
     name = "pixel_shuffle_project"
@@ -476,6 +481,8 @@ def pixel_shuffle_project(
     for what, t in {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}.items():
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{name}: {what} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+    if statistics is not None:
+        _check_statistics(statistics, x, patches)
     inputs = norm_weight, norm_bias, weight, bias
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *inputs))
     if not use_triton(x):
@@ -486,5 +493,19 @@ def pixel_shuffle_project(
     if strategy is None:
         strategy = pick_strategy(x.shape[0] * patches // 4, width, weight.shape[0], gelu)
     x = x if x.stride(2) == 1 else x.contiguous()
+    if statistics is None:
+        statistics = row_statistics(x[:, 1:] if has_cls else x)
+    elif statistics.stride()[1:] != (2, 1):
+        statistics = statistics.contiguous()
     inputs = [t if t is None else t.contiguous() for t in inputs]
-    return _fwd(x, *inputs, version, eps, gelu, has_cls, strategy == "fused", gelu and learns and not recompute)[0]
+    keep = gelu and learns and not recompute
+    return _fwd(x, *inputs, statistics, version, eps, gelu, has_cls, strategy == "fused", keep)[0]
+
+
+def _check_statistics(statistics: Tensor, x: Tensor, patches: int) -> None:
+    shape = x.shape[0], patches, 2
+    if statistics.shape != shape or statistics.dtype != torch.float32 or statistics.device != x.device:
+        raise ValueError(
+            f"pixel_shuffle_project: statistics must be torch.float32 {shape} on {x.device}, "
+            f"got {statistics.dtype} {tuple(statistics.shape)} on {statistics.device}"
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nvlm_runtime.bundled import checkpoint_folder
 from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.features import Features
 from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
 from nvlm_runtime.micro.dataset import documents_hash, write_dataset
 from nvlm_runtime.micro.document import SIDE
@@ -94,7 +95,7 @@ def shared_documents(work: Path, seed: int, num_documents: int, log: Log) -> Pat
 
 
 @torch.no_grad()
-def init_projector(model: NVLMModel, heads: DenseHeads, features: Tensor) -> None:
+def init_projector(model: NVLMModel, heads: DenseHeads, features: Features) -> None:
     """Lets the projector's first linear begin with what the heads read from each of a token's four patches.
 
     A layer too narrow for all of it (NVLM-X's) takes random mixtures. The last linear is scaled so that image tokens of
@@ -128,9 +129,9 @@ def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path
     init_weights(model)
     model.vision_model.load_state_dict(tower["tower"])
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         features = model.encode(first_tiles(documents))
-    init_projector(model, heads, features.clone())
+    init_projector(model, heads, features)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     save(model, folder)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nvlm_runtime.features import Features
 from nvlm_runtime.layout import ImageLayout, Layout, cross_pieces
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.training.flops import tower_learns
@@ -24,12 +25,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.evenly = model, evenly
 
-    def features(self, tiles: Tensor) -> Tensor:
+    def features(self, tiles: Tensor) -> Features:
         """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size]. N may be 0. A gradient where the tower learns."""
         vision = self.model.config.vision
         weight = self.model.language_model.embed_tokens.weight
         if not len(tiles):
-            return weight.new_zeros(0, vision.num_patches, vision.hidden_size)
+            return Features(weight.new_zeros(0, vision.num_patches, vision.hidden_size))
         with torch.set_grad_enabled(tower_learns(self.model)):
             return self.model.encode(tiles.to(weight.device, weight.dtype))
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvlm_kernels import _backend
+from nvlm_kernels import _backend, row_statistics
 from nvlm_kernels._backend import INTERPRET
 from nvlm_runtime import NVLM
+from nvlm_runtime.features import Features
 from nvlm_runtime.micro.dataset import row
 from nvlm_runtime.micro.document import draw, make_document
 from nvlm_runtime.micro.questions import questions
@@ -42,6 +43,21 @@ def test_same_greedy_answer(variant, monkeypatch, memory, device):
     got = run()
     assert got.token_ids == want.token_ids and got.text == QUESTION.answer
     assert memory is None or len(memory.launches) > 100, "the answer came from the kernels"
+
+
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+def test_projector_is_given_its_statistics(variant, memory, device):
+    """By the tower's last kernel: no pass over its output before the product. Tiles that are shared out have none."""
+    model = NVLM.load(f"micro-{variant}", device=device).model
+    pixels = torch.randn(2, 3, 64, 64, device=device)
+    with torch.no_grad():
+        features = model.encode(pixels)
+        torch.testing.assert_close(features.statistics, row_statistics(features.patches), rtol=1e-5, atol=1e-5)
+        if memory:
+            memory.launches.clear()
+        tokens = model.project(features)
+        assert memory is None or memory.launches == ["_project_kernel"]
+        torch.testing.assert_close(tokens, model.project(Features(features.patches)))
 
 
 def batch_of(engine: NVLM, folder: Path) -> Packed:

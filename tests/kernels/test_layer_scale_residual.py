@@ -6,13 +6,15 @@ from nvlm_kernels.ops.layer_scale_residual import (
     BLOCK_C,
     BLOCK_R,
     _fwd,
+    _fwd_statistics,
     layer_scale_residual,
     layer_scale_residual_ref,
+    layer_scale_residual_statistics,
 )
+from nvlm_kernels.ops.row_statistics import row_statistics, row_statistics_ref
 from tests.util import check_op, planted
 
-
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     "shape",
     [
         (1, 1),
@@ -26,11 +28,44 @@ from tests.util import check_op, planted
     ],
     ids=str,
 )
+
+
+@SHAPES
 def test_matches_reference(shape, dtype, device):
     x, branch = torch.randn(2, *shape, dtype=dtype, device=device)
     check_op(
         layer_scale_residual, layer_scale_residual_ref, x, branch, torch.randn(shape[-1], dtype=dtype, device=device)
     )
+
+
+@SHAPES
+def test_with_statistics(shape, dtype, device):
+    """y and its gradients have the bits they have without; the statistics are those of y as it is stored."""
+    inputs = [t.requires_grad_() for t in torch.randn(2, *shape, dtype=dtype, device=device).unbind()]
+    inputs.append(torch.randn(shape[-1], dtype=dtype, device=device, requires_grad=True))
+    plain = layer_scale_residual(*inputs)
+    y, statistics = layer_scale_residual_statistics(*inputs)
+    assert torch.equal(y, plain)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(plain, inputs, dy)):
+        assert torch.equal(a, b)
+    if not use_triton(y):
+        assert statistics is None
+        return
+    assert not statistics.requires_grad and statistics.shape == (*shape[:-1], 2)
+    exact = row_statistics_ref(y.detach().double())
+    torch.testing.assert_close(statistics.double(), exact, rtol=5e-6, atol=1e-6)
+
+
+def test_statistics_of_rows_far_from_zero(dtype, device):
+    x, branch = torch.randn(2, 2, BLOCK_R + 1, 3 * BLOCK_C + 1, dtype=dtype, device=device)
+    x[0] += 1000
+    x[1, :, BLOCK_C:] -= 1000
+    y, statistics = layer_scale_residual_statistics(x, branch, torch.zeros_like(x[0, 0]))
+    if statistics is not None:
+        exact = row_statistics_ref(y.double())
+        assert (statistics - exact)[..., 0].abs().max() < 1.3e-4
+        assert ((statistics - exact) / exact)[..., 1].abs().max() < 1e-5
 
 
 def test_programs_of_several_blocks(dtype, device, monkeypatch):
@@ -45,6 +80,10 @@ def test_guarded_and_unaligned(dtype, device):
     scale = planted(torch.randn(150, dtype=dtype, device=device))
     y = layer_scale_residual(x, branch, scale)
     torch.testing.assert_close(y, layer_scale_residual_ref(x, branch, scale), rtol=2e-3, atol=2e-3)
+    again, statistics = layer_scale_residual_statistics(x, branch, scale)
+    assert torch.equal(again, y)
+    if statistics is not None:
+        torch.testing.assert_close(statistics, row_statistics(y), rtol=1e-5, atol=1e-5)
 
 
 def test_strided_input(dtype, device):
@@ -64,6 +103,11 @@ def test_bytes(memory, dtype):
     assert moved.unique_loaded == 2 * x.nbytes + scale.nbytes
     assert moved.loaded == 2 * x.nbytes + 3 * scale.nbytes  # once for each block of 32 rows
     assert moved.stored == x.nbytes
+    memory.access.clear()
+    layer_scale_residual_statistics(x, branch, scale)
+    with_statistics = memory.total()
+    assert (with_statistics.unique_loaded, with_statistics.loaded) == (moved.unique_loaded, moved.loaded)
+    assert with_statistics.stored == x.nbytes + 70 * 2 * 4
     y.sum().backward()
     for name in ("dy_ptr", "branch_ptr"):
         assert memory.access["_bwd_kernel", name].loaded == x.nbytes
@@ -84,8 +128,9 @@ def test_bytes(memory, dtype):
     ],
 )
 def test_rejects(x, branch, scale, match):
-    with pytest.raises(ValueError, match=f"layer_scale_residual: .*{match}"):
-        layer_scale_residual(x, branch, scale)
+    for op in (layer_scale_residual, layer_scale_residual_statistics):
+        with pytest.raises(ValueError, match=f"{op.__name__}: .*{match}"):
+            op(x, branch, scale)
 
 
 def test_fp64_has_no_kernel(device):
@@ -100,4 +145,5 @@ def test_fp64_has_no_kernel(device):
 @pytest.mark.gpu
 def test_opcheck(device):
     x, branch = torch.randn(2, 3, 8, device=device, requires_grad=True).unbind()
-    torch.library.opcheck(_fwd, (x, branch, torch.ones(8, device=device, requires_grad=True)))
+    for op in (_fwd, _fwd_statistics):
+        torch.library.opcheck(op, (x, branch, torch.ones(8, device=device, requires_grad=True)))

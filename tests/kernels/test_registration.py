@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nvlm_kernels._backend import INTERPRET
-from nvlm_kernels.ops import add_rms_norm, layer_scale_residual, qk_norm, rms_norm, rotary, swiglu
+from nvlm_kernels.ops import add_rms_norm, layer_scale_residual, qk_norm, rms_norm, rotary, row_statistics, swiglu
 
 EPS = 1e-6
 
@@ -25,6 +25,7 @@ def _calls(device):
         "rms_norm": (rms_norm._fwd, x, weight, EPS),
         "add_rms_norm": (add_rms_norm._fwd, x, branch, weight, EPS),
         "layer_scale_residual": (layer_scale_residual._fwd, x, branch, weight),
+        "layer_scale_residual_statistics": (layer_scale_residual._fwd_statistics, x, branch, weight),
         "swiglu": (swiglu._fwd, x),
         "qk_norm": (qk_norm._fwd, qkv, weight, weight.detach().clone().requires_grad_(), EPS),
         "qk_sum_squares": (qk_norm._sums, qkv),
@@ -32,6 +33,11 @@ def _calls(device):
         "rotary": (rotary._fwd, trained(2, 3, 8 * 8), cos, sin, 4, 2),
         "rotary_cache": (rotary._cache, trained(2, 3, 8 * 8).detach(), cos, sin, k, v, positions, 4),
     }
+
+
+def _with_statistics(x, branch, scale):
+    y = layer_scale_residual.layer_scale_residual_ref(x, branch, scale)
+    return y, row_statistics.row_statistics_ref(y.detach())
 
 
 OPS = list(_calls("cpu"))
@@ -53,6 +59,7 @@ def test_fake_tensors(name):
         "rms_norm": rms_norm.rms_norm_ref,
         "add_rms_norm": add_rms_norm.add_rms_norm_ref,
         "layer_scale_residual": layer_scale_residual.layer_scale_residual_ref,
+        "layer_scale_residual_statistics": _with_statistics,
         "swiglu": swiglu.swiglu_ref,
         "qk_norm": qk_norm.qk_norm_ref,
         "qk_sum_squares": qk_norm.qk_sum_squares_ref,
@@ -67,5 +74,6 @@ def test_fake_tensors(name):
         assert [(t.shape, t.dtype, t.device) for t in outs] == [(t.shape, t.dtype, t.device) for t in wants]
         trained = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
         if trained:
+            outs = [t for t in outs if t.requires_grad]
             grads = torch.autograd.grad(outs, trained, [torch.ones_like(t) for t in outs])
             assert [(t.shape, t.dtype) for t in grads] == [(t.shape, t.dtype) for t in trained]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvlm_runtime.engine import NVLM
+from nvlm_runtime.features import Features
 from nvlm_runtime.parallel import SOLO, Group
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.weights import load as load_weights
@@ -70,7 +71,7 @@ def collectives(group: Group, folder: Path, vision_split: str) -> dict[str, dict
     x = torch.zeros(1, 3, model.config.text.hidden_size)
     parts = {
         "encode": lambda: model.encode(torch.zeros(3, 3, 32, 32)),
-        "project": lambda: model.project(torch.zeros(1, 16, model.config.vision.hidden_size)),
+        "project": lambda: model.project(Features(torch.zeros(1, 16, model.config.vision.hidden_size))),
         "embed": lambda: decoder.embed_tokens(torch.tensor([[1, 2, 3]])),
         "prefill": lambda: decoder.prefill(x, torch.arange(3)[None], None),
         "logits": lambda: decoder.logits(x),

@@ -242,7 +242,7 @@ def test_new_parts_have_the_sizes_they_should(tmp_path, variant):
     with torch.inference_mode():
         features = model.encode(torch.randn(8, 3, 32, 32))
         tokens = model.project(features)
-    assert 0.5 < features.std() < 4
+    assert 0.5 < features.patches.std() < 4
     assert 0.8 < tokens.std() / model.language_model.embed_tokens.weight.std() < 1.25
 
 

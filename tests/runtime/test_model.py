@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from nvlm_runtime.engine import NVLM
+from nvlm_runtime.features import Features
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.prompt import find_blocks
@@ -156,7 +157,7 @@ def test_h_puts_tags_beside_regular_tiles_and_the_thumbnail_into_the_decoder():
 def test_h_trains_the_tag_embeddings():
     model = small_engine("h")
     prepared = model.prepare("What is it?", [picture((96, 64))])
-    features = torch.cat([model.model.encode(pixels) for pixels in prepared.pixel_values])
+    features = Features.cat([model.model.encode(pixels) for pixels in prepared.pixel_values])
     text_ids = torch.tensor([prepared.input_ids])
     hidden = model.model(text_ids, [prepared.layout], [features])
     (grad,) = torch.autograd.grad(hidden.square().sum(), model.model.language_model.embed_tokens.weight)
@@ -197,7 +198,7 @@ def test_every_parameter_is_used(variant):
     model = randomise(NVLMModel(CONFIGS[variant]))
     engine = NVLM(model, make_tokenizer(512))
     prepared = engine.prepare("What is it?", [picture((96, 64))])
-    features = torch.cat([model.encode(pixels) for pixels in prepared.pixel_values])
+    features = Features.cat([model.encode(pixels) for pixels in prepared.pixel_values])
     hidden = model(torch.tensor([prepared.input_ids]), [prepared.layout], [features])
     model.language_model.logits(hidden).square().sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]

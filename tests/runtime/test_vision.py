@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nvlm_kernels import pixel_shuffle
+from nvlm_runtime.features import Features
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.vision import Block, InternViT, PatchEmbedding
 from nvlm_runtime.vision_attention import attend, computes_in_fp32
@@ -44,13 +45,13 @@ def test_block_is_the_published_one(dummy_heads):
     block = randomise(Block(VISION)).double()
     x = torch.randn(2, 17, VISION.hidden_size, dtype=torch.float64)
     # the norm's statistic is fp32-or-better, so fp64 in is fp64 throughout
-    torch.testing.assert_close(block(x), reference_block(block, x, dummy_heads), atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(block(x)[0], reference_block(block, x, dummy_heads), atol=1e-10, rtol=1e-9)
 
 
 def test_class_token_is_dropped_and_there_is_no_final_norm():
     tower = randomise(InternViT(VISION))
     pixels = torch.randn(2, 3, 32, 32)
-    x = tower.encoder(tower.embeddings(pixels))
+    x, _ = tower.encoder(tower.embeddings(pixels))
     assert x.shape == (2, 17, VISION.hidden_size)
     assert torch.equal(tower(pixels), x[:, 1:])
 
@@ -63,7 +64,7 @@ def test_projector_is_its_modules(variant):
     x = F.layer_norm(pixel_shuffle(features, "v2"), (4 * VISION.hidden_size,), model.mlp1[0].weight, model.mlp1[0].bias)
     for number in (1, 3)[: 1 if variant == "x" else 2]:
         x = F.linear(x if number == 1 else x * 0.5 * (1 + torch.erf(x / 2**0.5)), model.mlp1[number].weight)
-    torch.testing.assert_close(model.project(features), x, atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(model.project(Features(features)), x, atol=1e-10, rtol=1e-9)
 
 
 def test_patch_embedding_is_a_convolution():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nvlm_runtime.attention import PackedPast
+from nvlm_runtime.features import Features
 from nvlm_runtime.model import NVLMModel
 from nvlm_runtime.training.documents import IGNORE, make_document
 from nvlm_runtime.training.loss import token_loss
@@ -39,7 +40,9 @@ def batch_of(found, config, rows):
 def hidden_of(model: NVLMModel, batch, packed=True):
     vision = model.config.vision
     features = [
-        model.encode(tiles.double()) if len(tiles) else torch.zeros(0, vision.num_patches, vision.hidden_size).double()
+        model.encode(tiles.double())
+        if len(tiles)
+        else Features(torch.zeros(0, vision.num_patches, vision.hidden_size).double())
         for tiles in batch.pixel_values
     ]
     return model(batch.input_ids, batch.layouts, features, batch.documents if packed else None)
