@@ -36,7 +36,9 @@ def join_columns(mean, square, x, mask, before, count):
 
 
 @triton.jit
-def _kernel(x_ptr, stats_ptr, rows, per_tile, C, stride_n, stride_p, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics_kernel(
+    x_ptr, stats_ptr, rows, per_tile, C, stride_n, stride_p, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     base = row // per_tile * stride_n + row % per_tile * stride_p
@@ -67,7 +69,9 @@ def _fwd(x: Tensor) -> Tensor:
         rows, block = block_of(width, 2048)  # 8 elements a thread with 4 warps of 64 lanes (AMD) and of 32 alike
         grid = (triton.cdiv(num * per_tile, rows),)
         strides = x.stride(0), x.stride(1)
-        wrap_triton(_kernel)[grid](x, statistics, num * per_tile, per_tile, width, *strides, ROWS=rows, BLOCK=block)
+        wrap_triton(_statistics_kernel)[grid](
+            x, statistics, num * per_tile, per_tile, width, *strides, ROWS=rows, BLOCK=block
+        )
     return statistics
 
 

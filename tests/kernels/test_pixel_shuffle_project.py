@@ -217,9 +217,9 @@ def test_bytes_of_fused(grad, memory, device):
             options = dict(version="v2", eps=1e-5, gelu=True, has_cls=True, strategy="fused")
             pixel_shuffle_project(x, *rest, statistics=given, **options)
         loaded = {kernel: of.unique_loaded for (kernel, name), of in memory.access.items() if name == "x_ptr"}
-        assert loaded == {"_project_kernel": patches} | ({"_kernel": patches} if given is None else {})
+        assert loaded == {"_project_kernel": patches} | ({"_statistics_kernel": patches} if given is None else {})
         stored = {key: of.stored for key, of in memory.access.items() if of.stored}
-        made = {("_kernel", "stats_ptr"): statistics.nbytes} if given is None else {}
+        made = {("_statistics_kernel", "stats_ptr"): statistics.nbytes} if given is None else {}
         assert stored == made | {("_project_kernel", "y_ptr"): y}
         assert sum(loaded.values()) + sum(stored.values()) <= (0.5 if given is None else 0.29) * eager
 

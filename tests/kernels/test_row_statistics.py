@@ -49,8 +49,8 @@ def test_bytes(memory, dtype):
         pytest.skip("counted in the interpreter")
     x = torch.randn(3, 7, 600, dtype=dtype)
     row_statistics(x)
-    assert memory.access["_kernel", "x_ptr"].loaded == x.nbytes
-    assert memory.access["_kernel", "stats_ptr"].stored == 3 * 7 * 2 * 4
+    assert memory.access["_statistics_kernel", "x_ptr"].loaded == x.nbytes
+    assert memory.access["_statistics_kernel", "stats_ptr"].stored == 3 * 7 * 2 * 4
 
 
 def test_has_no_gradient(device):
