@@ -37,7 +37,7 @@ MUTATIONS = [
     (FILE, "tl.sum(dnormed * normed, 0)", "tl.sum(dnormed, 0)", "gradient of the norm's weight without the row"),
     (FILE, "        dx[:, 0] = 0\n", "        pass\n", "CLS gradient left unwritten"),
     (FILE, "and any(t is not None and t.requires_grad for t in (x, *inputs))", "", "z is stored without gradients"),
-    (FILE, " and not recompute)[0]", ")[0]", "z is stored though it is to be made again"),
+    (FILE, " and learns and not recompute", " and learns", "z is stored though it is to be made again"),
     (FILE, "else F.linear(normed, weight, bias)", "else F.linear(normed, weight)", "z made again without bias"),
     (FILE, "if recompute and learns:", "if False:", "without Triton all is kept"),
 ]
