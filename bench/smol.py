@@ -97,7 +97,7 @@ def write_beginning(args: argparse.Namespace, folder: Path, documents: Path) -> 
 def init_projector(model: NVLMModel, linear: Mapping[str, Tensor], features: Features) -> None:
     """NVLM-X's projector, as it is or as one of two layers, exactly: z is gelu(z) - gelu(-z).
 
-    features: [N, 4P, C] of some tiles; over them image tokens get the variance of the positions beside them.
+    features: of some tiles; over them image tokens get the variance of the positions beside them.
     """
     norm, first, last = model.mlp1[0], model.mlp1[1], model.mlp1[-1]
     norm.weight.copy_(linear["0.weight"])

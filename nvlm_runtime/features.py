@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Of N tiles. patches: [N, 4P, C]. statistics: [N, 4P, 2] fp32, `nvlm_kernels.row_statistics` of the patches, where
     the tower had them at hand.

@@ -20,6 +20,8 @@ def check_layers(model: NVLMModel) -> None:
     def hook(name: str) -> Any:
         def look(module: nn.Module, given: Any, out: Tensor | tuple[Tensor, ...]) -> None:
             nonlocal last
+            if isinstance(module, Block):
+                out = out[0]  # the statistics are of it
             tensors = (out,) if isinstance(out, Tensor) else out
             wrong = sum(int((~tensor.isfinite()).sum()) for tensor in tensors)
             if wrong:

@@ -58,6 +58,11 @@ class Stage:
             self.fn()
 
 
+def _write(buffers: Features, made: Features) -> None:
+    buffers.patches.copy_(made.patches)
+    buffers.statistics.copy_(row_statistics(made.patches) if made.statistics is None else made.statistics)
+
+
 class GraphStages(Stages):
     """Stages built when they are first needed, which `NVLM.warmup` does for all. num_built counts them."""
 
@@ -82,10 +87,10 @@ class GraphStages(Stages):
         return self._features_of(len(pixel_values))
 
     def project(self, features: Features) -> Tensor:
-        """Of features as `encode` gave them last for as many tiles."""
+        """What `encode` has returned lies where it is read; other features are written over it."""
         num_tiles = len(features.patches)
         if features is not self._features_of(num_tiles):
-            raise ValueError(f"stages: features of {num_tiles} tiles must be what encode has returned, got a copy")
+            _write(self._features_of(num_tiles), features)
         stage = self._stage(("project", num_tiles), partial(self._project_stage, num_tiles))
         stage()
         return stage.buffers["tokens"].clone()
@@ -160,9 +165,7 @@ class GraphStages(Stages):
         pixel_values = self._empty(num_tiles, 3, size, size)
 
         def fn() -> None:
-            made = self.model.encode(pixel_values)
-            features.patches.copy_(made.patches)
-            features.statistics.copy_(row_statistics(made.patches) if made.statistics is None else made.statistics)
+            _write(features, self.model.encode(pixel_values))
 
         return Stage(f"encode {num_tiles}", fn, {"pixel_values": pixel_values, **vars(features)})
 

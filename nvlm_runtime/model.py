@@ -67,7 +67,7 @@ class NVLMModel(nn.Module):
         return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
     def encode(self, pixel_values: Tensor) -> Features:
-        """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size], one a patch, before shuffle and projector."""
+        """Tiles [N, 3, S, S] to features, one a patch, before shuffle and projector."""
         return self.vision_model.features(pixel_values)
 
     def project(self, features: Features) -> Tensor:
@@ -144,14 +144,14 @@ class NVLMModel(nn.Module):
         features: Sequence[Features],
         documents: Documents | None = None,
     ) -> Tensor:
-        """Whole sequences without a cache: input_ids [B, T], a layout and the features of its tiles [N, 4P, C] a row.
+        """Whole sequences without a cache: input_ids [B, T], a layout and the features of its N tiles a row.
 
         documents: spans of the documents packed into each row, which do not see each other; None where a row is one.
         Returns [B, T, C].
         """
         image_tokens = [
-            self.project(tiles).split([image.num_tiles for image in layout.images])
-            for layout, tiles in zip(layouts, features, strict=True)
+            self.project(seen).split([image.num_tiles for image in layout.images])
+            for layout, seen in zip(layouts, features, strict=True)
         ]
         x = self.embed(input_ids, layouts, image_tokens)
         view = self.cross_view(input_ids.shape[1], layouts, image_tokens)

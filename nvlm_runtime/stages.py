@@ -59,7 +59,7 @@ class Stages:
         """Lets go of buffers that are no longer used."""
 
     def encode(self, pixel_values: Tensor) -> Features:
-        """Tiles of one image [N, 3, S, S] to features [N, 4P, C]. A CPU takes large tiles one by one: they stay in its
+        """Tiles of one image [N, 3, S, S] to their features. A CPU takes large tiles one by one: they stay in its
         cache, and a tile's bits do not depend on its neighbours.
         """
         with record_function("nvlm.encode"):
@@ -73,7 +73,7 @@ class Stages:
             return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
     def _together(self, tiles: Tensor) -> int:
-        """How many of them run at once."""
+        """How many tiles run at once."""
         if tiles.device.type != "cpu" or self.model.group.size > 1:
             return len(tiles)
         vision = self.model.config.vision

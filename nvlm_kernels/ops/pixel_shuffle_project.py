@@ -11,9 +11,9 @@ residual add made them when it wrote x (`layer_scale_residual_statistics`); a to
 K = 4C is four contiguous runs of C, so the shuffle is index arithmetic in the load: v1 and v2 differ by swapping r, q.
 
 "fused":           one GEMM that norms what it loads and has bias and GELU in its epilogue. Moves MK + MF elements of
-                   activations, where eager moves 5MK + 3MF.
+                   activations, where eager moves 5MK + 3MF; MF more where it keeps z.
 "norm_then_gemm":  one kernel shuffles and norms into [M, 4C], then the vendor's GEMM and GELU: 3MK + 3MF.
-Each moves MK more where it is not given the statistics, and MF more where it keeps z.
+Each moves MK more where it is not given the statistics.
 
 With dz = dy * gelu'(z) and dn = dz @ weight, gradients, d(x) in x's own layout with a CLS row of 0:
 
@@ -106,7 +106,8 @@ def _token_statistics(stats_ptr, token, inside, half, C, stride_n, eps, V1: tl.c
         step = tl.load(at, mask=inside, other=0.0) - mean
         square += tl.load(at + 1, mask=inside, other=0.0) + step * step * (C * (run / (run + 1)))
         mean += step * (1 / (run + 1))
-    return mean, tl.rsqrt(square / (4 * C) + tl.full([], eps, tl.float32))
+    rstd = tl.rsqrt(square / (4 * C) + tl.full([], eps, tl.float32))
+    return mean, tl.where(inside, rstd, 0.0)  # eps may be 0
 
 
 @triton.jit
@@ -430,6 +431,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 12
     saved = ctx.saved_tensors
     *grads, dbias = _bwd(dy.contiguous(), *saved, ctx.version, ctx.eps, ctx.gelu, ctx.has_cls)
     return *grads, None if saved[4] is None else dbias, *[None] * 7

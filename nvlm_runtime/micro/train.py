@@ -99,7 +99,7 @@ def init_projector(model: NVLMModel, heads: DenseHeads, features: Features) -> N
     """Lets the projector's first linear begin with what the heads read from each of a token's four patches.
 
     A layer too narrow for all of it (NVLM-X's) takes random mixtures. The last linear is scaled so that image tokens of
-    these features [N, 4P, C] have the embeddings' standard deviation: cross-attention does not norm its keys, and
+    these features have the embeddings' standard deviation: cross-attention does not norm its keys, and
     larger ones saturate it before it has learned anything.
     """
     first, last = model.mlp1[1], model.mlp1[-1]

@@ -26,7 +26,7 @@ class Objective(nn.Module):
         self.model, self.evenly = model, evenly
 
     def features(self, tiles: Tensor) -> Features:
-        """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size]. N may be 0. A gradient where the tower learns."""
+        """Of tiles [N, 3, S, S]. N may be 0. A gradient where the tower learns."""
         vision = self.model.config.vision
         weight = self.model.language_model.embed_tokens.weight
         if not len(tiles):
@@ -37,8 +37,8 @@ class Objective(nn.Module):
     def forward(self, batch: Packed, loss_rows: int) -> Tensor:
         if self.evenly:
             batch = with_unseen_picture(self.model, batch)
-            tiles = self.features(torch.cat(batch.pixel_values))
-            features = tiles.split([len(tiles) for tiles in batch.pixel_values])
+            together = self.features(torch.cat(batch.pixel_values))
+            features = together.split([len(tiles) for tiles in batch.pixel_values])
         else:
             features = [self.features(tiles) for tiles in batch.pixel_values]
         device = self.model.language_model.embed_tokens.weight.device

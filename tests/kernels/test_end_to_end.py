@@ -47,7 +47,7 @@ def test_same_greedy_answer(variant, monkeypatch, memory, device):
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
 def test_projector_is_given_its_statistics(variant, memory, device):
-    """By the tower's last kernel: no pass over its output before the product. Tiles that are shared out have none."""
+    """By the tower's last kernel: no pass over its output before the product."""
     model = NVLM.load(f"micro-{variant}", device=device).model
     pixels = torch.randn(2, 3, 64, 64, device=device)
     with torch.no_grad():

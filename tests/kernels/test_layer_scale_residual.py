@@ -105,14 +105,42 @@ def test_bytes(memory, dtype):
     assert moved.stored == x.nbytes
     memory.access.clear()
     layer_scale_residual_statistics(x, branch, scale)
-    with_statistics = memory.total()
-    assert (with_statistics.unique_loaded, with_statistics.loaded) == (moved.unique_loaded, moved.loaded)
-    assert with_statistics.stored == x.nbytes + 70 * 2 * 4
+    moved = memory.total()
+    assert moved.unique_loaded == 2 * x.nbytes + scale.nbytes
+    assert moved.loaded == 2 * x.nbytes + 5 * scale.nbytes  # once for each block of 16 rows
+    assert moved.stored == x.nbytes + 70 * 2 * 4
     y.sum().backward()
     for name in ("dy_ptr", "branch_ptr"):
         assert memory.access["_bwd_kernel", name].loaded == x.nbytes
     assert memory.access["_bwd_kernel", "dbranch_ptr"].stored == x.nbytes
     assert memory.access["_bwd_kernel", "dscale_ptr"].stored == 3 * 160 * 4
+
+
+def test_rows_of_nothing_have_no_statistics(device):
+    empty = torch.zeros(3, 0, device=device)
+    assert layer_scale_residual(empty, empty, empty[0]).shape == (3, 0)
+    with pytest.raises(ValueError, match="layer_scale_residual_statistics: C must be 1 or more, got 0"):
+        layer_scale_residual_statistics(empty, empty, empty[0])
+
+
+class _Nothing(torch.autograd.Function):
+    """What has a gradient that torch leaves undefined."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.sum()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("op", [layer_scale_residual, lambda *given: layer_scale_residual_statistics(*given)[0]])
+def test_no_gradient_comes_back(op, device):
+    inputs = [torch.randn(2, 8, device=device, requires_grad=True) for _ in range(2)]
+    scale = torch.randn(8, device=device, requires_grad=True)
+    grads = torch.autograd.grad(_Nothing.apply(op(*inputs, scale)), (*inputs, scale), allow_unused=True)
+    assert all(grad is None or not grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize(

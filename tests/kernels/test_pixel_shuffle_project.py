@@ -141,6 +141,13 @@ def test_rows_without_variance(strategy, dtype, device):
     )
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_eps_of_zero(strategy, dtype, device):
+    """Rows past the last in a program have no variance; their 1 / 0 is in no sum."""
+    check(strategy, make((1, 4, 600, 24), dtype, device, has_cls=False), version="v2", eps=0.0, gelu=True)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_cls_row_is_never_read(value, strategy, dtype, device):

@@ -74,6 +74,7 @@ def test_fake_tensors(name):
         assert [(t.shape, t.dtype, t.device) for t in outs] == [(t.shape, t.dtype, t.device) for t in wants]
         trained = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
         if trained:
+            assert [t.requires_grad for t in outs] == [t.requires_grad for t in wants]
             outs = [t for t in outs if t.requires_grad]
             grads = torch.autograd.grad(outs, trained, [torch.ones_like(t) for t in outs])
             assert [(t.shape, t.dtype) for t in grads] == [(t.shape, t.dtype) for t in trained]

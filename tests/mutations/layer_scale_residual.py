@@ -26,7 +26,7 @@ MUTATIONS = [
     (FILE, "dscale_ptr + split.to(tl.int64) * C", "dscale_ptr", "all splits write one row"),
     (FILE, "return dy, *_bwd(", "return dy * 0, *_bwd(", "x gets no gradient"),
     (FILE, "            y.to(tl.float32),", "            x,", "statistics of x"),
-    (FILE, "C - first, BLOCK_C", "C, BLOCK_C", "a last block counted as whole"),
+    (FILE, "C - first, BLOCK)", "C, BLOCK)", "a last block counted as whole"),
     (FILE, "            tl.cast(first, tl.float32),", "            0.0,", "no block counts but the last"),
     (FILE, "(x + branch * scale[None, :]).to(y_ptr.dtype.element_ty)", "x + branch * scale[None, :]", "of y unrounded"),
     (FILE, "tl.store(stats_ptr + 2 * row + 1,", "tl.store(stats_ptr + 2 * row + 2,", "deviations one place on"),

@@ -11,6 +11,7 @@ MUTATIONS = [
     (FILE, "statistics.stride()[1:] != (2, 1)", "False", "statistics read as if side by side"),
     (FILE, "    if statistics is None:\n", "    if True:\n", "statistics that are given are not taken"),
     (FILE, " + tl.full([], eps, tl.float32)", "", "no eps"),
+    (FILE, "tl.where(inside, rstd, 0.0)", "rstd", "rows past the last are normed by 1 / eps"),
     (
         FILE,
         "normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * norm_weight[None, :] + norm_bias[None, :]",

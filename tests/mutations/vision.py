@@ -49,14 +49,14 @@ MUTATIONS = [
     ),
     (
         FILE,
-        "return self.encoder(self.embeddings(pixel_values))[:, 1:]",
-        "return self.encoder(self.embeddings(pixel_values))[:, :-1]",
+        "return Features(x[:, 1:], None if",
+        "return Features(x[:, :-1], None if",
         "trap 8: another token is dropped than CLS",
     ),
     (
         FILE,
-        "return self.encoder(self.embeddings(pixel_values))[:, 1:]",
-        "x = self.encoder(self.embeddings(pixel_values))[:, 1:]\n            return F.layer_norm(x, x.shape[-1:])",
+        "return Features(x[:, 1:], None if",
+        "x = F.layer_norm(x, x.shape[-1:])\n            return Features(x[:, 1:], None if",
         "trap 8: a norm behind the last block",
     ),
     (MODEL, "version=self.config.ps_version,", 'version="v1",', "trap 9: pixel shuffle v1"),
