@@ -46,7 +46,7 @@ MUTATIONS = [
     (INTEGERS, "packed >> (4 * j)", "packed >> (8 * j)", "nibbles of another weight"),
     (INTEGERS, "total * -8", "total * -7", "int4 weights are one too large"),
     (INTEGERS, "group + int32_t(i * GROUPS)", "group", "every block has the first one's scales"),
-    (INTEGERS, "(rounded - magic)) * 32768.0f", "(rounded - magic)) * 16384.0f", "the second integer is half of it"),
+    (INTEGERS, "(rounded - round)) * 32768.0f", "(rounded - round)) * 16384.0f", "the second integer is half of it"),
     (INTEGERS, "to_float(sums[PARTS - 1]) * 0x1p-15f", "to_float(sums[PARTS - 1]) * 0", "no second integer"),
     (VECTORS, "return (x > y) | (x != x) ? x : y;", "return x > y ? x : y;", "a maximum loses NaN"),
     (VECTORS, "x = x > high ? high : x;", "", "e^89 and more has another sign"),
