@@ -19,12 +19,11 @@ from tests.runtime.test_batch import PARAMS, answers, fresh, requests
 from tests.util import check_op, planted
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    found = native.library(tmp_path_factory.mktemp("native"))
-    if not found.attention:
+@pytest.fixture
+def library(library):
+    if not library.attention:
         pytest.skip("this CPU has no AVX512: prompts and tiles go through torch's attention")
-    return found
+    return library
 
 
 def eager(q, k, v, intervals=None):

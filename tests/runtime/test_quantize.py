@@ -34,11 +34,6 @@ def formula(x: Tensor, layer: Int8DynamicLinear) -> Tensor:
     return y if layer.bias is None else y + layer.bias.double()
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return native.library(tmp_path_factory.mktemp("native"))
-
-
 @pytest.mark.parametrize("is_native", [False, True], ids=["torch", "native"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

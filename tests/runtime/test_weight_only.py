@@ -19,11 +19,6 @@ KINDS = {"int8": Int8Linear, "int4": Int4Linear}
 SIZES = [(1, 1), (3, 16), (5, 31), (7, 32), (33, 100), (20, 128), (9, 129), (64, 448), (17, 896), (5, 1200), (9, 2100)]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return native.library(tmp_path_factory.mktemp("native"))
-
-
 def linear(rows, cols, bias=True, seed=0):
     torch.manual_seed(seed)
     return nn.Linear(cols, rows, bias=bias)
