@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,10 @@ class Code:
 
 
 def inspect(compiled: Any, chip: Chip) -> Code:
-    read = _inspect_amd if chip.target.backend == "hip" else _inspect_nvidia
-    registers, spills, tensor_core, widest = read(compiled, chip)
+    if chip.target.backend == "hip":
+        registers, spills, tensor_core, widest = _inspect_amd(compiled.asm["amdgcn"])
+    else:
+        registers, spills, tensor_core, widest = _inspect_nvidia(compiled.asm["cubin"], chip.tensor_core)
     shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
     lanes = chip.target.warp_size
     per_block = max(registers, 1) * lanes * num_warps
@@ -153,13 +156,14 @@ def inspect(compiled: Any, chip: Chip) -> Code:
     )
 
 
-def _inspect_nvidia(compiled: Any, chip: Chip) -> tuple[int, int, int, int]:
+@lru_cache(256)  # cases of one op launch the same kernels
+def _inspect_nvidia(cubin: bytes, tensor_core: str) -> tuple[int, int, int, int]:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        sass = _output(tools / "nvdisasm", file.name)
+        sass = _output(tools / "nvdisasm", "--print-code", "--no-dataflow", file.name)
     found = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", usage)
     if not found:
         raise RuntimeError(f"cuobjdump says nothing about registers: {usage!r}")
@@ -168,12 +172,10 @@ def _inspect_nvidia(compiled: Any, chip: Chip) -> tuple[int, int, int, int]:
     widths = [int(m.group(1)) // 8 if (m := re.search(r"\.(?:U|S)?(128|64|32|16|8)\b", load)) else 4 for load in loads]
     if re.search(r"\bUTMALDG|\bUBLKCP", sass):
         widths.append(16)
-    return registers, max(stack, local), len(re.findall(rf"\b(?:{chip.tensor_core})", sass)), max(widths, default=0)
+    return registers, max(stack, local), len(re.findall(rf"\b(?:{tensor_core})", sass)), max(widths, default=0)
 
 
-def _inspect_amd(compiled: Any, chip: Chip) -> tuple[int, int, int, int]:
-    text = compiled.asm["amdgcn"]
-
+def _inspect_amd(text: str) -> tuple[int, int, int, int]:
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s*(\d+)", text)
         if not found:
