@@ -7,6 +7,7 @@
 Every unmasked lane of every load and store is checked: an address that belongs to no element of any tensor the
 kernel was given raises OutOfBounds, so a guard zone or a stride's gap can never be touched unseen. Masked lanes
 without `other=` read NaN (a large number in integers), as a GPU may leave anything there; the bare interpreter reads 0.
+A launch puts the interpreter's functions into the language once for every function on the device, not for every call.
 Works on triton 3.6 to 3.9, whose interpreters share these entry points.
 """
 
@@ -75,11 +76,19 @@ class MemoryTrace:
             GridExecutor.__call__,
             InterpreterBuilder.create_masked_load,
             InterpreterBuilder.create_masked_store,
+            interpreter._patch_lang,
         )
-        call, load, store = self._saved
-        trace = self
+        call, load, store, patch = self._saved
+        trace, patched = self, set()
+
+        def patch_once(fn):
+            if fn in patched:
+                return None  # which a call on the device does not look at
+            patched.add(fn)
+            return patch(fn)
 
         def traced_call(executor, *args, **kwargs):
+            patched.clear()
             named = dict(zip(executor.arg_names, args)) | kwargs
             kernel = executor.fn.__name__
             trace.launches.append(kernel)
@@ -110,6 +119,7 @@ class MemoryTrace:
         GridExecutor.__call__ = traced_call
         InterpreterBuilder.create_masked_load = traced_load
         InterpreterBuilder.create_masked_store = traced_store
+        interpreter._patch_lang = patch_once
         return self
 
     def __exit__(self, *_) -> None:
@@ -117,6 +127,7 @@ class MemoryTrace:
             GridExecutor.__call__,
             InterpreterBuilder.create_masked_load,
             InterpreterBuilder.create_masked_store,
+            interpreter._patch_lang,
         ) = self._saved
 
     def _touch(self, pointers: np.ndarray, mask: np.ndarray, kind: str) -> None:
