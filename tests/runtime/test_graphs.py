@@ -4,7 +4,9 @@ import random
 import warnings
 
 import pytest
+import torch
 
+from nvlm_runtime.features import Features
 from nvlm_runtime.graphs import bucket_of, chunks_of_buckets
 from nvlm_runtime.sampling import GenerationParams
 from nvlm_runtime.serving import Engine
@@ -24,6 +26,16 @@ def test_graphs_give_the_same_tokens(variant):
         for _ in stream:
             pass
         assert stream.output.token_ids == ids
+
+
+@torch.inference_mode()
+def test_features_that_encoding_has_written_over_are_projected_all_the_same():
+    stages = fresh("d", graphs=True).stages
+    first, second = torch.randn(2, 3, 3, 32, 32)
+    encoded = stages.encode(first)
+    want, kept = stages.project(encoded), Features(encoded.patches.clone())
+    assert stages.encode(second) is encoded and not torch.equal(stages.project(encoded), want)
+    assert torch.equal(stages.project(kept), want)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
