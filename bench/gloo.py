@@ -2,7 +2,6 @@
 
 import io
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,13 +29,13 @@ def run_ranks(
     function: of a module, so that a new process can import it. threads: torch's, of each. timeout: seconds for all.
     backend: of torch.distributed.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    # held here on a port that the system gives it: one chosen for the ranks could be taken before they have it
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    given = store.port, backend
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [
-        context.Process(target=_work, args=(rank, size, port, backend, results, threads, function, args), daemon=True)
+        context.Process(target=_work, args=(rank, size, *given, results, threads, function, args), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -82,9 +81,9 @@ def _work(
 ) -> None:
     torch.set_num_threads(threads)
     try:
-        dist.init_process_group(
-            backend, f"tcp://localhost:{port}", world_size=size, rank=rank, timeout=timedelta(seconds=60)
-        )
+        limit = timedelta(seconds=60)
+        store = dist.TCPStore("localhost", port, is_master=False, timeout=limit)
+        dist.init_process_group(backend, store=store, world_size=size, rank=rank, timeout=limit)
         value = function(Group(rank, size, dist.group.WORLD), *args)
         dist.barrier()
         packed = io.BytesIO()
