@@ -31,11 +31,12 @@ def run_ranks(
     """
     # held here on a port that the system gives it: one chosen for the ranks could be taken before they have it
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    given = store.port, backend
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [
-        context.Process(target=_work, args=(rank, size, *given, results, threads, function, args), daemon=True)
+        context.Process(
+            target=_work, args=(rank, size, store.port, backend, results, threads, function, args), daemon=True
+        )
         for rank in range(size)
     ]
     for process in processes:

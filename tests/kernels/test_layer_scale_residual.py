@@ -12,7 +12,7 @@ from nvlm_kernels.ops.layer_scale_residual import (
     layer_scale_residual_statistics,
 )
 from nvlm_kernels.ops.row_statistics import row_statistics, row_statistics_ref
-from tests.util import check_op, planted
+from tests.util import Undefined, check_op, planted
 
 SHAPES = pytest.mark.parametrize(
     "shape",
@@ -123,23 +123,11 @@ def test_rows_of_nothing_have_no_statistics(device):
         layer_scale_residual_statistics(empty, empty, empty[0])
 
 
-class _Nothing(torch.autograd.Function):
-    """What has a gradient that torch leaves undefined."""
-
-    @staticmethod
-    def forward(ctx, y):
-        return y.sum()
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None
-
-
 @pytest.mark.parametrize("op", [layer_scale_residual, lambda *given: layer_scale_residual_statistics(*given)[0]])
 def test_no_gradient_comes_back(op, device):
     inputs = [torch.randn(2, 8, device=device, requires_grad=True) for _ in range(2)]
     scale = torch.randn(8, device=device, requires_grad=True)
-    grads = torch.autograd.grad(_Nothing.apply(op(*inputs, scale)), (*inputs, scale), allow_unused=True)
+    grads = torch.autograd.grad(Undefined.apply(op(*inputs, scale)), (*inputs, scale), allow_unused=True)
     assert all(grad is None or not grad.any() for grad in grads)
 
 

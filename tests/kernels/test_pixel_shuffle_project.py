@@ -13,7 +13,7 @@ from nvlm_kernels.ops.pixel_shuffle_project import (
     pixel_shuffle_project,
     pixel_shuffle_project_ref,
 )
-from tests.util import check_op, planted
+from tests.util import Undefined, check_op, planted
 
 interpreted = pytest.mark.skipif(not _backend.INTERPRET, reason="traces the interpreter")
 STRATEGIES = ["fused", "norm_then_gemm"]
@@ -209,19 +209,28 @@ def test_strided_input_is_not_copied(view, device, monkeypatch):
     assert y.isfinite().all() and seen == [mine.data_ptr()]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_gradient_comes_back(strategy, device):
+    inputs = [t.requires_grad_() for t in make((1, 4, 16, 24), torch.float32, device)]
+    y = pixel_shuffle_project(*inputs, version="v2", eps=1e-5, gelu=True, has_cls=True, strategy=strategy)
+    grads = torch.autograd.grad(Undefined.apply(y), inputs, allow_unused=True)
+    assert all(grad is None or not grad.any() for grad in grads)
+
+
 @interpreted
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "nothing to train"])
-def test_bytes_of_fused(grad, memory, device):
+def test_bytes_of_fused(grad, gelu, memory, device):
     """x once for the product, and once for the statistics where they are not given, y once: nothing else of the size
     of the activations.
     """
     x, *rest = make((2, 8, 64, 96), torch.float16, device)
     patches, y, statistics = x[:, 1:].numel() * 2, 2 * 16 * 96 * 2, row_statistics(x[:, 1:])
-    eager = 5 * patches + 3 * y  # shuffle, norm, product, GELU
+    eager = 5 * patches + (3 if gelu else 1) * y  # shuffle, norm, product, GELU
     for given in (None, statistics):
         memory.access.clear()
         with torch.set_grad_enabled(grad):
-            options = dict(version="v2", eps=1e-5, gelu=True, has_cls=True, strategy="fused")
+            options = dict(version="v2", eps=1e-5, gelu=gelu, has_cls=True, strategy="fused")
             pixel_shuffle_project(x, *rest, statistics=given, **options)
         loaded = {kernel: of.unique_loaded for (kernel, name), of in memory.access.items() if name == "x_ptr"}
         assert loaded == {"_project_kernel": patches} | ({"_statistics_kernel": patches} if given is None else {})

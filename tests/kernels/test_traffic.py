@@ -11,6 +11,7 @@ from nvlm_kernels._backend import INTERPRET
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="only the interpreter shows every lane")
 
+ALONE = "pixel_shuffle_project-d-alone"
 ONE_PRODUCT = [f"pixel_shuffle_project-{way}" for way in ("x-fused", "d-fused", "d-recompute", "micro")]
 
 
@@ -19,7 +20,7 @@ def test_bytes(case, monkeypatch):
     """Streaming kernels: 1.02 of the floor, every load counted. The others with an address counted once a launch:
     attention 1.5 of the floor, as splits leave partial sums, and 1.15 of the image keys and values; products less than
     eager, or than eager and the weight where one is made again; pixel shuffle in one product, given the statistics,
-    half of eager's activations in the forward, whether z is kept for a backward or not.
+    half of eager's activations in the forward, whether z is kept for a backward or not; without them, where it is not.
     """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     rows = measure(case, with_compiled=False)
@@ -37,5 +38,5 @@ def test_bytes(case, monkeypatch):
         assert row["memory"] < row["eager"] + 1.15 * row["weights"] * again, what
         if case.kind == "stream" and case.op != "pixel_shuffle_project":  # which hands its product to the vendor
             assert row["moved"] <= 1.02 * row["floor"], what
-        if case.id in ONE_PRODUCT and row["pass"] != "backward":
+        if case.id in ONE_PRODUCT and row["pass"] != "backward" or (case.id, row["pass"]) == (ALONE, "inference"):
             assert row["memory"] - row["weights"] <= 0.5 * (row["eager"] - row["weights"]), what

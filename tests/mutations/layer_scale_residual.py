@@ -30,5 +30,6 @@ MUTATIONS = [
     (FILE, "            tl.cast(first, tl.float32),", "            0.0,", "no block counts but the last"),
     (FILE, "(x + branch * scale[None, :]).to(y_ptr.dtype.element_ty)", "x + branch * scale[None, :]", "of y unrounded"),
     (FILE, "tl.store(stats_ptr + 2 * row + 1,", "tl.store(stats_ptr + 2 * row + 2,", "deviations one place on"),
+    (FILE, "if dy is None:", "if False:", "a gradient that is undefined is read"),
     (FILE, "    ctx.mark_non_differentiable(output[1])\n", "", "statistics that say they have a gradient"),
 ]

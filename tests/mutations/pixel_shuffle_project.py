@@ -40,5 +40,6 @@ MUTATIONS = [
     (FILE, "and any(t is not None and t.requires_grad for t in (x, *inputs))", "", "z is stored without gradients"),
     (FILE, " and learns and not recompute", " and learns", "z is stored though it is to be made again"),
     (FILE, "else F.linear(normed, weight, bias)", "else F.linear(normed, weight)", "z made again without bias"),
+    (FILE, "if dy is None:", "if False:", "a gradient that is undefined is read"),
     (FILE, "if recompute and learns:", "if False:", "without Triton all is kept"),
 ]
