@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from nvlm_runtime.analysis.devices import read_bandwidth
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.devices import read_bandwidth
-from nvlm_runtime.image import TilePlan
-from nvlm_runtime.layout import cross_pieces
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.prompt import tag_ids
-from nvlm_runtime.roof import step_bytes
-from nvlm_runtime.slots import cache_bytes
-from nvlm_runtime.tokenizer import Tokenizer
+from nvlm_runtime.engine.slots import cache_bytes
+from nvlm_runtime.engine.step_bytes import step_bytes
+from nvlm_runtime.inputs.image import TilePlan
+from nvlm_runtime.inputs.layout import cross_pieces
+from nvlm_runtime.inputs.prompt import tag_ids
+from nvlm_runtime.inputs.tokenizer import Tokenizer
+from nvlm_runtime.model.model import NVLMModel
 
 READ_BYTES = 2**30
 GEMM_SIZE = 4096

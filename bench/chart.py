@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nvlm_runtime.profile import check_matplotlib
+from nvlm_runtime.analysis.profile import check_matplotlib
 
 AXES = {
     "token_ms": ("tokens of context", "ms a token", "One row"),

@@ -14,9 +14,9 @@ from PIL import Image
 
 from bench.transformers_peer import transformers_model
 from nvlm_runtime import NVLM
-from nvlm_runtime.plain import PlainRows, answer, project, see
-from nvlm_runtime.request import Prepared
-from nvlm_runtime.sampling import GenerationParams
+from nvlm_runtime.analysis.eager import PlainRows, answer, project, see
+from nvlm_runtime.engine.request import Prepared
+from nvlm_runtime.engine.sampling import GenerationParams
 
 # what of ours is timed, by name: keyword arguments of NVLM
 CONFIGURATIONS: dict[str, dict[str, Any]] = {"ours": {}}
@@ -42,7 +42,7 @@ def wait(engine: NVLM) -> None:
 
 
 class Eager:
-    """nvlm_runtime.plain. Its steps stand behind a cache of noise, which costs what a real one does."""
+    """nvlm_runtime.analysis.eager. Its steps stand behind a cache of noise, which costs what a real one does."""
 
     def __init__(self, engine: NVLM):
         self.engine, self.model = engine, engine.model

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import report
 from nvlm_runtime import NVLM
-from nvlm_runtime.native import NativeDecoder
+from nvlm_runtime.engine.native import NativeDecoder
 
 MODELS = ("micro-d", "micro-x", "micro-h")
 

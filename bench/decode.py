@@ -26,11 +26,11 @@ from bench.card import READ_BYTES
 from bench.llama_peer import KINDS, LlamaRow, write_gguf
 from bench.synthetic import SHAPES, random_model, shape_config
 from nvlm_kernels.native import library
-from nvlm_runtime.cache import KVCache
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.native import NativeDecoder
-from nvlm_runtime.quantize import quantize
-from nvlm_runtime.roof import StepBytes, step_bytes
+from nvlm_runtime.engine.native import NativeDecoder
+from nvlm_runtime.engine.step_bytes import StepBytes, step_bytes
+from nvlm_runtime.model.cache import KVCache
+from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.quantize import quantize
 
 Run = Callable[[], None]
 CPU = torch.device("cpu")

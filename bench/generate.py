@@ -33,16 +33,16 @@ from bench.report import RESULTS, setting, table
 from bench.resident import peak_bytes
 from bench.synthetic import SHAPES, synthetic
 from nvlm_runtime import NVLM
-from nvlm_runtime.bundled import BUNDLED
+from nvlm_runtime.analysis.profile import check_matplotlib
+from nvlm_runtime.checkpoint.bundled import BUNDLED
 from nvlm_runtime.commands.loading import scheme_of_words
 from nvlm_runtime.config import VARIANTS
-from nvlm_runtime.handle import ImageHandle
-from nvlm_runtime.image import open_image, plan_tiles
-from nvlm_runtime.profile import check_matplotlib
-from nvlm_runtime.quantize import check_scheme
-from nvlm_runtime.ranks import abandon, in_group, join, launch, leave, tell
-from nvlm_runtime.roof import step_bytes
-from nvlm_runtime.slots import cache_bytes
+from nvlm_runtime.engine.handle import ImageHandle
+from nvlm_runtime.engine.slots import cache_bytes
+from nvlm_runtime.engine.step_bytes import step_bytes
+from nvlm_runtime.inputs.image import open_image, plan_tiles
+from nvlm_runtime.model.quantize import check_scheme
+from nvlm_runtime.parallel.ranks import abandon, in_group, join, launch, leave, tell
 
 PARTS = ("vision", "first", "decode", "batches", "startup")
 CONTEXTS, BATCHES, BATCH_CONTEXT = (128, 1024, 8192), (1, 2, 4, 8, 16), 128

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nvlm_runtime.parallel import Group
+from nvlm_runtime.parallel.group import Group
 
 
 def run_ranks(

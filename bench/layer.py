@@ -21,13 +21,13 @@ from bench.gloo import run_ranks
 from bench.report import table, write
 from bench.synthetic import random_model
 from bench.train_step import percentiles
+from nvlm_runtime.analysis.devices import Device, read_bandwidth
+from nvlm_runtime.analysis.plan import Request, plan_model
+from nvlm_runtime.checkpoint.weights import load, save
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.devices import Device, read_bandwidth
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.parallel import SOLO, Group
-from nvlm_runtime.plan import Request, plan_model
+from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.parallel.group import SOLO, Group
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
-from nvlm_runtime.weights import load, save
 
 TOKENS = {"prompt": 100, "token": 1}
 VOCABULARY = 512

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model.model import NVLMModel
 
 KINDS = ("bf16", "q8_0", "q4_0")
 

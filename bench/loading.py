@@ -24,11 +24,11 @@ from bench.gloo import run_ranks
 from bench.report import table, write
 from bench.resident import field_bytes
 from bench.train_step import percentiles
+from nvlm_runtime.checkpoint.weights import load, save
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.parallel import Group
+from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.parallel.group import Group
 from nvlm_runtime.presets import PRESETS
-from nvlm_runtime.weights import load, save
 
 CHUNK = 1 << 24
 SHARD = 2 << 30

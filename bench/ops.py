@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import triton
 
-from bench.cases import Call, Case
-from bench.cases.case import tensors_in
-from bench.options import chosen, options
+from bench.proofs.cases import Call, Case
+from bench.proofs.cases.case import tensors_in
+from bench.proofs.options import chosen, options
 from bench.report import table, write
-from nvlm_runtime.devices import DEVICES
+from nvlm_runtime.analysis.devices import DEVICES
 
 # Published peaks: bytes/s of memory, dense bf16 flops/s.
 ROOFS = {device.name: (device.bandwidth, device.flops) for device in DEVICES.values()} | {

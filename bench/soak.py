@@ -16,10 +16,10 @@ from PIL import Image
 
 from bench import report
 from nvlm_runtime import NVLM
+from nvlm_runtime.engine.sampling import GenerationParams
+from nvlm_runtime.engine.serving import Answer, Engine, QueueFull
 from nvlm_runtime.micro.document import GRIDS, draw, make_document
 from nvlm_runtime.micro.questions import questions
-from nvlm_runtime.sampling import GenerationParams
-from nvlm_runtime.serving import Answer, Engine, QueueFull
 
 DOCUMENTS, QUESTIONS, TEXTS = 8, 5, 10
 CANCELLED = 0.1  # of the requests

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from nvlm_runtime import NVLM
-from nvlm_runtime.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.bundled import checkpoint_folder
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig, TextConfig, VisionConfig
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.inputs.tokenizer import Tokenizer
+from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.presets import INTERNVIT_300M, MICRO_TEXT, MICRO_VISION
-from nvlm_runtime.tokenizer import Tokenizer
 
 QWEN2_05B = TextConfig(
     architecture="Qwen2ForCausalLM",

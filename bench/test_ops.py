@@ -6,8 +6,8 @@ On a CPU an op is its reference, so the two columns there show the cost of the p
 import pytest
 import torch
 
-from bench.cases import CASES
-from bench.cases.case import backward
+from bench.proofs.cases import CASES
+from bench.proofs.cases.case import backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -33,13 +33,13 @@ from bench.chart import COLOURS, one_axis
 from bench.report import RESULTS, table, write
 from bench.synthetic import full_tokenizer, random_model
 from bench.train_contestants import PLANNED_ROWS, SEQ_LEN, Contestant, Figures
+from nvlm_runtime.analysis.plan import Request, find_device, plan_model
+from nvlm_runtime.analysis.profile import check_matplotlib
+from nvlm_runtime.checkpoint.weights import save
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
 from nvlm_runtime.micro.document import GRIDS, WORDS
-from nvlm_runtime.plan import Request, find_device, plan_model
 from nvlm_runtime.presets import MICRO_TEXT, MICRO_VISION
-from nvlm_runtime.profile import check_matplotlib
 from nvlm_runtime.training.recipe import trained_parts
-from nvlm_runtime.weights import save
 
 PARTS = ("loop", "variants", "plan")
 PAPER = {"d": 28.8, "x": 50.6, "h": 36.2}  # samples/s, NVLM paper table 3

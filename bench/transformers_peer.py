@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model.model import NVLMModel
 
 
 def transformers_config(model: NVLMModel, image_token: int) -> Any:

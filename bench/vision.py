@@ -24,11 +24,11 @@ from torch import Tensor
 from bench.report import table, write
 from nvlm_kernels.native import library
 from nvlm_runtime.config import VisionConfig
-from nvlm_runtime.linear import replace_linears
-from nvlm_runtime.native import use_library
+from nvlm_runtime.engine.native import use_library
+from nvlm_runtime.model.linear import replace_linears
+from nvlm_runtime.model.quantize import quantize
+from nvlm_runtime.model.vision import Attention, InternViT
 from nvlm_runtime.presets import INTERNVIT_300M
-from nvlm_runtime.quantize import quantize
-from nvlm_runtime.vision import Attention, InternViT
 
 ROOF = "gemm bf16 4096x4096x4096"
 

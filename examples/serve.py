@@ -26,10 +26,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from nvlm_runtime import NVLM
-from nvlm_runtime.parallel import Group
-from nvlm_runtime.ranks import TIMEOUT
-from nvlm_runtime.request import Output
-from nvlm_runtime.serving import Engine, QueueFull
+from nvlm_runtime.engine.request import Output
+from nvlm_runtime.engine.serving import Engine, QueueFull
+from nvlm_runtime.parallel.group import Group
+from nvlm_runtime.parallel.ranks import TIMEOUT
 
 HEALTH_S = 5.0  # between two looks at a replica, and how long its ranks may take to answer
 LOADING_S = 3600.0

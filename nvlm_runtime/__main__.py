@@ -1,5 +1,5 @@
 import sys
 
-from nvlm_runtime.cli import main
+from nvlm_runtime.commands.cli import main
 
 sys.exit(main())

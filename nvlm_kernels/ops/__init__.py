@@ -1,0 +1,1 @@
+"""One op a file: formula, reference, kernels, autograd, the public function."""

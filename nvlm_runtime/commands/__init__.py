@@ -1,1 +1,1 @@
-"""What the subcommands do, once their arguments are parsed: `run(args)` of each module returns an exit code."""
+"""The `nvlm` command: its arguments in `cli`, then one command a file."""

@@ -6,10 +6,10 @@ from typing import Any
 from rich.console import Console
 
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.engine import Stream
-from nvlm_runtime.image import TilePlan
-from nvlm_runtime.prompt import tile_tags
-from nvlm_runtime.request import Output
+from nvlm_runtime.engine.nvlm import Stream
+from nvlm_runtime.engine.request import Output
+from nvlm_runtime.inputs.image import TilePlan
+from nvlm_runtime.inputs.prompt import tile_tags
 
 
 def plan_values(plan: TilePlan, config: NVLMConfig) -> dict[str, Any]:

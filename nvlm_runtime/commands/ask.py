@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nvlm_runtime.analysis.devices import read_bandwidth
 from nvlm_runtime.commands.answers import output_values, print_plan, show_stream
 from nvlm_runtime.commands.loading import load_model, sampling_params
-from nvlm_runtime.devices import read_bandwidth
-from nvlm_runtime.request import Output
+from nvlm_runtime.engine.request import Output
 
 
 def _print_timings(console: Console, output: Output, device: torch.device) -> None:

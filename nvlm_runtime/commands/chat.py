@@ -7,7 +7,7 @@ from typing import Any
 
 from nvlm_runtime.commands.answers import output_values, show_stream
 from nvlm_runtime.commands.loading import load_model, sampling_params
-from nvlm_runtime.image import open_image
+from nvlm_runtime.inputs.image import open_image
 
 
 def run(args: argparse.Namespace) -> int:

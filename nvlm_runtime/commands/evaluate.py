@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nvlm_runtime.commands.loading import load_model
+from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.evaluation.predictions import Record, append, append_to, kept, read, rewrite, scored
 from nvlm_runtime.evaluation.report import report
 from nvlm_runtime.evaluation.run import answers
 from nvlm_runtime.evaluation.samples import Sample, check_pictures
 from nvlm_runtime.evaluation.tasks import TASKS, Task, read_samples
 from nvlm_runtime.micro.evaluate import evaluate
-from nvlm_runtime.sampling import GenerationParams
 
 MICRO_SEED, MICRO_SAMPLES = 12345, 500
 ONLY_MICRO = ("variant", "samples", "open_mask", "blank_tiles")

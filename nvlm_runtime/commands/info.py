@@ -7,13 +7,13 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_runtime.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.tensors import parameter_counts
+from nvlm_runtime.checkpoint.weights import read_json
 from nvlm_runtime.commands.answers import plan_values, print_plan
 from nvlm_runtime.config import from_hf
-from nvlm_runtime.entries import parameter_counts
-from nvlm_runtime.image import check_drawing, draw_plan, open_image, plan_tiles
+from nvlm_runtime.inputs.image import check_drawing, draw_plan, open_image, plan_tiles
 from nvlm_runtime.presets import PRESETS
-from nvlm_runtime.weights import read_json
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from nvlm_runtime.assembly import assemble, check_empty
-from nvlm_runtime.bundled import BUNDLED
-from nvlm_runtime.entries import parameter_counts
+from nvlm_runtime.checkpoint.assembly import assemble, check_empty
+from nvlm_runtime.checkpoint.bundled import BUNDLED
+from nvlm_runtime.checkpoint.tensors import parameter_counts
 
 OPTIONS = ("every", "layers", "placement", "ffn", "positions")  # of the cross-attention, --cross-... each
 

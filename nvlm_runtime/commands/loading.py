@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from nvlm_runtime.engine import NVLM
-from nvlm_runtime.parallel import SOLO
-from nvlm_runtime.ranks import in_group, join, wait_for_loading
-from nvlm_runtime.sampling import GenerationParams
-from nvlm_runtime.weights import Told
+from nvlm_runtime.checkpoint.weights import Told
+from nvlm_runtime.engine.nvlm import NVLM
+from nvlm_runtime.engine.sampling import GenerationParams
+from nvlm_runtime.parallel.group import SOLO
+from nvlm_runtime.parallel.ranks import in_group, join, wait_for_loading
 
 LARGE = 1 << 30  # bytes of a checkpoint that is seen to be read
 

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nvlm_runtime.analysis.attention_map import Look, look
+from nvlm_runtime.analysis.heat_map import draw_heat, stack
 from nvlm_runtime.commands.loading import load_model
-from nvlm_runtime.heat import draw_heat, stack
-from nvlm_runtime.image import check_drawing, open_image
-from nvlm_runtime.look import Look, look
-from nvlm_runtime.sampling import GenerationParams
+from nvlm_runtime.engine.sampling import GenerationParams
+from nvlm_runtime.inputs.image import check_drawing, open_image
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,12 +7,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_runtime.bundled import checkpoint_folder
+from nvlm_runtime.analysis.plan import Request, find_device, plan_model, suggestions
+from nvlm_runtime.checkpoint.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.weights import read_json
 from nvlm_runtime.config import from_hf
-from nvlm_runtime.plan import Request, find_device, plan_model, suggestions
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.training.recipe import trained_parts
-from nvlm_runtime.weights import read_json
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from nvlm_runtime.analysis.profile import StageTime, check_matplotlib, draw_stages, profile_request
 from nvlm_runtime.commands.answers import output_values
 from nvlm_runtime.commands.loading import load_model
-from nvlm_runtime.profile import StageTime, check_matplotlib, draw_stages, profile_request
-from nvlm_runtime.sampling import GenerationParams
+from nvlm_runtime.engine.sampling import GenerationParams
 
 
 def _print_stages(console: Console, stages: tuple[StageTime, ...]) -> None:

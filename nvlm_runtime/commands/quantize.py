@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from nvlm_runtime.assembly import check_empty
+from nvlm_runtime.checkpoint.assembly import check_empty
+from nvlm_runtime.checkpoint.joined import whole_folder
+from nvlm_runtime.checkpoint.weights import DTYPES, load, open_tensors, save
 from nvlm_runtime.commands.loading import scheme_of_words
-from nvlm_runtime.joined import whole_folder
-from nvlm_runtime.quantize import check_scheme, quantize, scheme_of
-from nvlm_runtime.tokenizer import Tokenizer
-from nvlm_runtime.weights import DTYPES, load, open_tensors, save
+from nvlm_runtime.inputs.tokenizer import Tokenizer
+from nvlm_runtime.model.quantize import check_scheme, quantize, scheme_of
 
 BESIDE = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
 

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nvlm_runtime.analysis.devices import peak_flops
 from nvlm_runtime.commands.loading import loading_bar
-from nvlm_runtime.devices import peak_flops
 from nvlm_runtime.micro.train import Sizes, train_micro
-from nvlm_runtime.ranks import in_group, join_mesh, wait_for_loading
+from nvlm_runtime.parallel.ranks import in_group, join_mesh, wait_for_loading
 from nvlm_runtime.training.plot import check_matplotlib, draw_metrics
 from nvlm_runtime.training.recipe import Recipe, read_recipe
 from nvlm_runtime.training.trainer import METRICS, Step, Trainer

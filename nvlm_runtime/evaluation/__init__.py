@@ -1,0 +1,1 @@
+"""Benchmarks on local files: rows, prompts, metrics, predictions, reports."""

@@ -3,13 +3,13 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from nvlm_runtime.engine import NVLM
+from nvlm_runtime.engine.nvlm import NVLM
+from nvlm_runtime.engine.request import Output, Prepared
+from nvlm_runtime.engine.sampling import GenerationParams
+from nvlm_runtime.engine.serving import Engine
 from nvlm_runtime.evaluation.samples import Sample, opened
-from nvlm_runtime.image import TilePlan, grids
-from nvlm_runtime.prompt import Style, build_prompt
-from nvlm_runtime.request import Output, Prepared
-from nvlm_runtime.sampling import GenerationParams
-from nvlm_runtime.serving import Engine
+from nvlm_runtime.inputs.image import TilePlan, grids
+from nvlm_runtime.inputs.prompt import Style, build_prompt
 
 SEAM = 8  # tokens: text may be cut otherwise where a picture stands in it
 

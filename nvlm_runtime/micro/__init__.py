@@ -1,0 +1,1 @@
+"""The bundled micro models: their documents, questions, training and evaluation."""

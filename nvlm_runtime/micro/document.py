@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nvlm_runtime.image import plan_tiles
+from nvlm_runtime.inputs.image import plan_tiles
 
 SIDE = 64
 GRIDS = tuple((c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from nvlm_runtime.engine import NVLM
-from nvlm_runtime.handle import picture_key
+from nvlm_runtime.engine.handle import picture_key
+from nvlm_runtime.engine.nvlm import NVLM
+from nvlm_runtime.engine.request import Picture, Prepared
+from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.micro.document import GRIDS, draw, make_document
 from nvlm_runtime.micro.questions import questions
-from nvlm_runtime.request import Picture, Prepared
-from nvlm_runtime.sampling import GenerationParams
 
 BATCH = 25
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_runtime.config import VisionConfig
-from nvlm_runtime.image import plan_tiles, tile_pixels
+from nvlm_runtime.inputs.image import plan_tiles, tile_pixels
 from nvlm_runtime.micro.document import CHARS, COLOURS, LABELS, SHAPES, SIDE, Document, Tile, draw, make_document
-from nvlm_runtime.vision import InternViT
+from nvlm_runtime.model.vision import InternViT
 
 ROLES = ("none", "word", "number", "label", "value", *SHAPES)
 TARGETS = {

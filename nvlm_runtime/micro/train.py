@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nvlm_runtime.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.weights import load, save
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.features import Features
-from nvlm_runtime.image import open_image, plan_tiles, tile_pixels
+from nvlm_runtime.inputs.image import open_image, plan_tiles, tile_pixels
+from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.micro.dataset import documents_hash, write_dataset
 from nvlm_runtime.micro.document import SIDE
 from nvlm_runtime.micro.tower import DenseHeads, fit_heads, pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model.features import Features
+from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
-from nvlm_runtime.tokenizer import Tokenizer
 from nvlm_runtime.training.checkpoint import checkpoints
 from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
 from nvlm_runtime.training.trainer import Step, Trainer
-from nvlm_runtime.weights import load, save
 
 Log = Callable[[str], None]
 BEGINNING, STAGES = "beginning", ("pretraining", "fine-tuning")

@@ -6,11 +6,11 @@ Documents print capitals and digits, and no merge joins those, so an answer is s
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 
-from nvlm_runtime.image import plan_tiles
+from nvlm_runtime.inputs.image import plan_tiles
+from nvlm_runtime.inputs.prompt import tile_tags
+from nvlm_runtime.inputs.tokenizer import QWEN2_PATTERN, Tokenizer
 from nvlm_runtime.micro.document import GRIDS, make_document
 from nvlm_runtime.micro.questions import questions
-from nvlm_runtime.prompt import tile_tags
-from nvlm_runtime.tokenizer import QWEN2_PATTERN, Tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>")
 

@@ -1,1 +1,1 @@
-"""Fine-tuning: rows of a dataset to packed batches, and the steps of a recipe on them."""
+"""Fine-tuning: rows, packing, recipes, the trainer and its checkpoints."""

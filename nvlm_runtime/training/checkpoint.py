@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nvlm_runtime.parallel import Mesh
+from nvlm_runtime.parallel.group import Mesh
 
 NAME = re.compile(r"step-(\d{8})")
 ALONE = "state.pt"

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.image import TilePlan, open_image, plan_tiles, tile_pixels
-from nvlm_runtime.layout import Layout, make_layout
-from nvlm_runtime.prompt import build_prompt, tag_ids
-from nvlm_runtime.tokenizer import Tokenizer
+from nvlm_runtime.inputs.image import TilePlan, open_image, plan_tiles, tile_pixels
+from nvlm_runtime.inputs.layout import Layout, make_layout
+from nvlm_runtime.inputs.prompt import build_prompt, tag_ids
+from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.training.rows import BadRow, DataRow
 
 IGNORE = -100

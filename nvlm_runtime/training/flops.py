@@ -6,7 +6,7 @@ made again, everything elementwise.
 Source: PaLM (arXiv 2204.02311) appendix B, "model FLOPs utilization".
 """
 
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.documents import IGNORE
 from nvlm_runtime.training.packing import Packed
 

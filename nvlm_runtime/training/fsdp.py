@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.parallel import Group
+from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.parallel.group import Group
 from nvlm_runtime.training.objective import Objective
 
 

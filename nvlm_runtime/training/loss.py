@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nvlm_runtime.decoder import Decoder
+from nvlm_runtime.model.decoder import Decoder
 from nvlm_runtime.training.documents import IGNORE
 
 ROWS = 512  # of a chunk: 300 MB of fp32 logits at 150,000 tokens

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nvlm_runtime.features import Features
-from nvlm_runtime.layout import ImageLayout, Layout, cross_pieces
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.inputs.layout import ImageLayout, Layout, cross_pieces
+from nvlm_runtime.model.features import Features
+from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.flops import tower_learns
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import Packed

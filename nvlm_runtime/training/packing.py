@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.layout import Layout
+from nvlm_runtime.inputs.layout import Layout
 from nvlm_runtime.training.documents import IGNORE, Document
 
 Span = tuple[int, int]

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.layout import Layout
+from nvlm_runtime.inputs.layout import Layout
 
 
 def shuffle_tiles(config: NVLMConfig, layout: Layout, rng: random.Random) -> Layout:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.tokenizer import Tokenizer
+from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.training.documents import Document, Log, make_document
 from nvlm_runtime.training.packing import Packed, fill_rows, pack
 from nvlm_runtime.training.rows import BadRow, JsonLines

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvlm_runtime.entries import square_norm
-from nvlm_runtime.joined import whole_folder
-from nvlm_runtime.lora import add_lora, merge_lora, save_lora
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.parallel import Mesh
-from nvlm_runtime.quantize import scheme_of
-from nvlm_runtime.tokenizer import Tokenizer
+from nvlm_runtime.checkpoint.joined import whole_folder
+from nvlm_runtime.checkpoint.lora import add_lora, merge_lora, save_lora
+from nvlm_runtime.checkpoint.tensors import square_norm
+from nvlm_runtime.checkpoint.weights import Told, load, save, write_json
+from nvlm_runtime.inputs.tokenizer import Tokenizer
+from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.quantize import scheme_of
+from nvlm_runtime.parallel.group import Mesh
 from nvlm_runtime.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from nvlm_runtime.training.documents import IGNORE
 from nvlm_runtime.training.flops import step_flops
@@ -37,7 +38,6 @@ from nvlm_runtime.training.packing import Packed
 from nvlm_runtime.training.recipe import Recipe
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.source import Dataset, Source
-from nvlm_runtime.weights import Told, load, save, write_json
 
 METRICS = "metrics.jsonl"
 

@@ -11,7 +11,7 @@ def memory():
     if not INTERPRET:
         yield None
         return
-    from bench.interpreter import MemoryTrace
+    from bench.proofs.interpreter import MemoryTrace
 
     with MemoryTrace() as trace:
         yield trace

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from bench.machine import capture
+from bench.proofs.machine import capture
 from nvlm_kernels._backend import INTERPRET
-from nvlm_kernels.ops.decode_attention import decode_attention, decode_attention_ref
-from nvlm_kernels.ops.split_attention import _split
+from nvlm_kernels.ops.attention.decode import decode_attention, decode_attention_ref
+from nvlm_kernels.ops.attention.split import _split
 from tests.util import check_op, planted
 
 HEADS = [(4, 2, 32), (2, 2, 64), (3, 1, 80), (2, 1, 96), (8, 1, 128)]  # H, Hkv, D

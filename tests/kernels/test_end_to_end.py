@@ -10,11 +10,11 @@ import torch
 from nvlm_kernels import _backend, row_statistics
 from nvlm_kernels._backend import INTERPRET
 from nvlm_runtime import NVLM
-from nvlm_runtime.features import Features
 from nvlm_runtime.micro.dataset import row
 from nvlm_runtime.micro.document import draw, make_document
 from nvlm_runtime.micro.questions import questions
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model.features import Features
+from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training import documents
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import Packed, pack

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.machine import CHIPS, capture, compile_launch
+from bench.proofs.machine import CHIPS, capture, compile_launch
 from nvlm_kernels import _backend
 from nvlm_kernels.ops import gated_project as module
 from nvlm_kernels.ops.gated_project import _fwd, fold_gate, gated_project, gated_project_ref

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench.cases import CASES
-from bench.cases.case import backward, tensors_in
+from bench.proofs.cases import CASES
+from bench.proofs.cases.case import backward, tensors_in
 
 pytestmark = pytest.mark.gpu
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.cases import CASES
-from bench.predict import predict
+from bench.proofs.cases import CASES
+from bench.proofs.predict import predict
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

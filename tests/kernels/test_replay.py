@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from bench.gloo import run_ranks
+from bench.proofs.replay import ReplayError, check
 from nvlm_kernels._backend import INTERPRET
-from nvlm_runtime.engine import NVLM
-from nvlm_runtime.graphs import GraphStages, Stage
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.parallel import Group
-from nvlm_runtime.replay import ReplayError, check
-from nvlm_runtime.sampling import Draw
-from nvlm_runtime.weights import save
-from tests.runtime.small import CONFIGS, micro_tokenizer, randomise
-from tests.runtime.test_model import picture
+from nvlm_runtime.checkpoint.weights import save
+from nvlm_runtime.engine.graphs import GraphStages, Stage
+from nvlm_runtime.engine.nvlm import NVLM
+from nvlm_runtime.engine.sampling import Draw
+from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.parallel.group import Group
+from tests.model.test_model import picture
+from tests.small import CONFIGS, micro_tokenizer, randomise
 
 pytestmark = pytest.mark.skipif(
     not INTERPRET, reason="without a GPU the stages take the kernels' path in the interpreter"

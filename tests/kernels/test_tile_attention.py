@@ -3,11 +3,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.machine import capture
+from bench.proofs.machine import capture
 from nvlm_kernels._backend import INTERPRET
-from nvlm_kernels.ops.split_attention import _split, split_attention
-from nvlm_kernels.ops.tile_attention import _diagonal_blocks, _fwd, _sizes, tile_attention, tile_attention_ref
-from nvlm_kernels.ops.tile_mask import to_dense
+from nvlm_kernels.ops.attention.mask import to_dense
+from nvlm_kernels.ops.attention.split import _split, split_attention
+from nvlm_kernels.ops.attention.tile import _diagonal_blocks, _fwd, _sizes, tile_attention, tile_attention_ref
 from tests.util import check_op, planted
 
 HEADS = [(4, 2, 32), (2, 2, 64), (3, 1, 80), (2, 1, 96), (8, 1, 128)]  # H, Hkv, D

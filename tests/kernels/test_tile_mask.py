@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvlm_kernels import draw_tile_mask, tile_mask, tile_mask_from_ids, to_dense
-from nvlm_kernels.ops import tile_mask as module
+from nvlm_kernels.ops.attention import mask as module
 
 TAG = {1: [10, 11], 2: [10, 12], 3: [10, 13, 14], "thumbnail": [15]}
 OPEN, CLOSE, WORD = [20, 21], [22, 21], 30

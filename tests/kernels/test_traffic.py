@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from bench.cases import CASES
-from bench.traffic import measure
+from bench.proofs.cases import CASES
+from bench.proofs.traffic import measure
 from nvlm_kernels._backend import INTERPRET
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="only the interpreter shows every lane")

@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_model.py", "tests/runtime/test_cross.py", "tests/runtime/test_layout.py")
-LAYOUT, CROSS, MODEL = "nvlm_runtime/layout.py", "nvlm_runtime/cross.py", "nvlm_runtime/model.py"
+TESTS = ("tests/model/test_model.py", "tests/model/test_cross.py", "tests/inputs/test_layout.py")
+LAYOUT, CROSS, MODEL = "nvlm_runtime/inputs/layout.py", "nvlm_runtime/model/cross.py", "nvlm_runtime/model/model.py"
 MUTATIONS = [
     (
         LAYOUT,

@@ -1,6 +1,6 @@
-FILE = "nvlm_kernels/ops/decode_attention.py"
-SOFTMAX = "nvlm_kernels/ops/online_softmax.py"
-SPLIT = "nvlm_kernels/ops/split_attention.py"
+FILE = "nvlm_kernels/ops/attention/decode.py"
+SOFTMAX = "nvlm_kernels/ops/attention/online_softmax.py"
+SPLIT = "nvlm_kernels/ops/attention/split.py"
 MUTATIONS = [
     (SOFTMAX, "num_tokens + 1 + token", "num_tokens + 2 + token", "a token sees the one behind it"),
     (SOFTMAX, "num_tokens + 1 + token", "num_tokens + 1", "every token sees as much as the first"),

@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_flight.py",)
-FILE = "nvlm_runtime/batch.py"
+TESTS = ("tests/engine/test_in_flight.py",)
+FILE = "nvlm_runtime/engine/batch.py"
 MUTATIONS = [
     (
         FILE,
@@ -26,7 +26,7 @@ MUTATIONS = [
         "the host waits for every step before it launches the next",
     ),
     (
-        "nvlm_runtime/graphs.py",
+        "nvlm_runtime/engine/graphs.py",
         "    ahead = True\n",
         "    ahead = False\n",
         "static stages do not run ahead",

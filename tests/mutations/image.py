@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_image.py",)
-FILE = "nvlm_runtime/image.py"
+TESTS = ("tests/inputs/test_image.py",)
+FILE = "nvlm_runtime/inputs/image.py"
 MUTATIONS = [
     (FILE, "- cols / rows)", "- rows / cols)", "trap 11: grids are (rows, cols)"),
     (

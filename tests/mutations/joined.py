@@ -1,6 +1,6 @@
-TESTS = ("tests/runtime/test_joined.py",)
-FILE, BACKBONE = "nvlm_runtime/joined.py", "nvlm_runtime/backbone.py"
-ASSEMBLY = "nvlm_runtime/assembly.py"
+TESTS = ("tests/checkpoint/test_joined.py",)
+FILE, BACKBONE = "nvlm_runtime/checkpoint/joined.py", "nvlm_runtime/checkpoint/backbone.py"
+ASSEMBLY = "nvlm_runtime/checkpoint/assembly.py"
 MUTATIONS = [
     (FILE, "if (found := backbone_digest(text)) != text_digest:", "if False:", "any text model will do"),
     (

@@ -1,4 +1,4 @@
-TESTS = ("tests/runtime/test_weight_only.py", "tests/runtime/test_native.py", "-k", "not tokens and not twin")
+TESTS = ("tests/model/test_weight_only.py", "tests/engine/test_native.py", "-k", "not tokens and not twin")
 VECTORS, TEAM = "nvlm_kernels/native/vectors.h", "nvlm_kernels/native/team.h"
 LINEAR, INTEGERS = "nvlm_kernels/native/linear.h", "nvlm_kernels/native/integers.h"
 ATTENTION = "nvlm_kernels/native/cached_attention.h"

@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_quantize.py", "-k", "not micro_model")  # whose picture is not in the copy
-FILE, LAYER = "nvlm_kernels/native/int8.cpp", "nvlm_runtime/quantize.py"
+TESTS = ("tests/model/test_quantize.py", "-k", "not micro_model")  # whose picture is not in the copy
+FILE, LAYER = "nvlm_kernels/native/int8.cpp", "nvlm_runtime/model/quantize.py"
 HEADER = "nvlm_kernels/native/bf16.h"
 MUTATIONS = [
     (FILE, "const float unit = found > least ? found : least;", "const float unit = found;", "0 / 0 in a row of zeros"),

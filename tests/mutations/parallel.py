@@ -1,7 +1,7 @@
 TESTS = ("tests/parallel/test_parallel.py", "-k", "not published and not hold and not three")
-PARALLEL, VISION = "nvlm_runtime/parallel.py", "nvlm_runtime/vision.py"
-CROSS, SAMPLING = "nvlm_runtime/cross.py", "nvlm_runtime/rank_sampling.py"
-WEIGHTS, MODEL = "nvlm_runtime/entries.py", "nvlm_runtime/model.py"
+PARALLEL, VISION = "nvlm_runtime/parallel/group.py", "nvlm_runtime/model/vision.py"
+CROSS, SAMPLING = "nvlm_runtime/model/cross.py", "nvlm_runtime/engine/rank_sampling.py"
+WEIGHTS, MODEL = "nvlm_runtime/checkpoint/tensors.py", "nvlm_runtime/model/model.py"
 MUTATIONS = [
     (
         PARALLEL,

@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_prompt.py",)
-FILE = "nvlm_runtime/prompt.py"
+TESTS = ("tests/inputs/test_prompt.py",)
+FILE = "nvlm_runtime/inputs/prompt.py"
 MUTATIONS = [
     (FILE, "    if len(cells) == 1:\n        cells = []\n", "", "trap 12: a single tile is <tile_1> too"),
     (FILE, 'isolate_tags=style == "megatron" or', "isolate_tags=True or", "trap 17: HF's tags are tokenised alone"),

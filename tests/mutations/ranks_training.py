@@ -1,5 +1,5 @@
 TESTS = ("tests/parallel/test_training.py", "-k", "2x1 or 2x2")
-WEIGHTS, OBJECTIVE = "nvlm_runtime/entries.py", "nvlm_runtime/training/objective.py"
+WEIGHTS, OBJECTIVE = "nvlm_runtime/checkpoint/tensors.py", "nvlm_runtime/training/objective.py"
 TRAINER, OPTIMIZER = "nvlm_runtime/training/trainer.py", "nvlm_runtime/training/optimizer.py"
 SOURCE, FSDP = "nvlm_runtime/training/source.py", "nvlm_runtime/training/fsdp.py"
 CHECKPOINT, LOSS = "nvlm_runtime/training/checkpoint.py", "nvlm_runtime/training/loss.py"

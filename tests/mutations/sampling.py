@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_sampling.py",)
-FILE = "nvlm_runtime/sampling.py"
+TESTS = ("tests/engine/test_sampling.py",)
+FILE = "nvlm_runtime/engine/sampling.py"
 MUTATIONS = [
     (
         FILE,

@@ -1,6 +1,6 @@
-FILE = "nvlm_kernels/ops/tile_attention.py"
-SOFTMAX = "nvlm_kernels/ops/online_softmax.py"
-SPLIT = "nvlm_kernels/ops/split_attention.py"
+FILE = "nvlm_kernels/ops/attention/tile.py"
+SOFTMAX = "nvlm_kernels/ops/attention/online_softmax.py"
+SPLIT = "nvlm_kernels/ops/attention/split.py"
 MUTATIONS = [
     (
         SOFTMAX,

@@ -1,5 +1,5 @@
 TESTS = ("tests/kernels/test_tile_attention.py",)
-FILE = "nvlm_kernels/ops/tile_attention.py"
+FILE = "nvlm_kernels/ops/attention/tile.py"
 MUTATIONS = [
     (FILE, "& (reached <= ahead)", "", "documents are parted in their middle"),
     (FILE, "cuts = 1 + torch.nonzero", "cuts = 0 * torch.nonzero", "a document begins at the row's first token"),

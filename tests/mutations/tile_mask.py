@@ -1,4 +1,4 @@
-FILE = "nvlm_kernels/ops/tile_mask.py"
+FILE = "nvlm_kernels/ops/attention/mask.py"
 MUTATIONS = [
     (FILE, "seen = seen.maximum(since)", "seen = seen", "a new document sees the old one's images"),
     (FILE, "- _scatter(end, value, length)", "- 0", "a tag never ends"),

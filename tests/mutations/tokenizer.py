@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_tokenizer.py",)
-FILE = "nvlm_runtime/tokenizer.py"
+TESTS = ("tests/inputs/test_tokenizer.py",)
+FILE = "nvlm_runtime/inputs/tokenizer.py"
 MUTATIONS = [
     (FILE, '    "<|video_pad|>",\n)', '    "<|video_pad|>",\n    "<tile_1>",\n)', "trap 16: a tag is a special token"),
     (

@@ -1,8 +1,8 @@
 TESTS = ("tests/training/test_data.py", "tests/training/test_packing.py", "tests/training/test_trainer.py")
 DOCUMENTS, PACKING = "nvlm_runtime/training/documents.py", "nvlm_runtime/training/packing.py"
 SOURCE, TRAINER = "nvlm_runtime/training/source.py", "nvlm_runtime/training/trainer.py"
-OPTIMIZER, PROMPT = "nvlm_runtime/training/optimizer.py", "nvlm_runtime/prompt.py"
-ATTENTION, OBJECTIVE = "nvlm_runtime/attention.py", "nvlm_runtime/training/objective.py"
+OPTIMIZER, PROMPT = "nvlm_runtime/training/optimizer.py", "nvlm_runtime/inputs/prompt.py"
+ATTENTION, OBJECTIVE = "nvlm_runtime/model/attention.py", "nvlm_runtime/training/objective.py"
 MUTATIONS = [
     (DOCUMENTS, "tuple(labels[1:])", "tuple(labels[:-1])", "labels are the tokens themselves"),
     (PROMPT, "writer.answers.append((start, ", "writer.answers.append((start - 1, ", "the prefix's newline is learnt"),

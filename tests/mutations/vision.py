@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_vision.py", "tests/runtime/test_parity.py", "tests/runtime/test_weights.py")
-FILE, MODEL = "nvlm_runtime/vision.py", "nvlm_runtime/model.py"
+TESTS = ("tests/model/test_vision.py", "tests/model/test_parity.py", "tests/checkpoint/test_weights.py")
+FILE, MODEL = "nvlm_runtime/model/vision.py", "nvlm_runtime/model/model.py"
 SHUFFLE = "nvlm_kernels/ops/pixel_shuffle_project.py"
 MUTATIONS = [
     (

@@ -1,5 +1,5 @@
-TESTS = ("tests/runtime/test_weights.py",)
-FILE, CONFIG, PRESETS = "nvlm_runtime/entries.py", "nvlm_runtime/config.py", "nvlm_runtime/presets.py"
+TESTS = ("tests/checkpoint/test_weights.py",)
+FILE, CONFIG, PRESETS = "nvlm_runtime/checkpoint/tensors.py", "nvlm_runtime/config.py", "nvlm_runtime/presets.py"
 MUTATIONS = [
     (FILE, "padded = real + vision.num_dummy_heads * vision.head_dim", "padded = real", "trap 1: 25 heads in the file"),
     (

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from nvlm_runtime.parallel import Group
-from nvlm_runtime.rank_sampling import CANDIDATES, draw_over_ranks
-from nvlm_runtime.sampling import Draw, GenerationParams, Sampling
+from nvlm_runtime.engine.rank_sampling import CANDIDATES, draw_over_ranks
+from nvlm_runtime.engine.sampling import Draw, GenerationParams, Sampling
+from nvlm_runtime.parallel.group import Group
 
 KNOWN, PADDED = 12 * CANDIDATES + 7, 12 * CANDIDATES + 24  # ids of the tokenizer, rows of the embedding
 SMALL = 200

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+from nvlm_runtime.checkpoint.weights import save
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.engine import NVLM
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.weights import save
-from tests.runtime.small import CONFIGS, CROSS, TEXT, VISION, micro_tokenizer, randomise
+from nvlm_runtime.engine.nvlm import NVLM
+from nvlm_runtime.model.model import NVLMModel
+from tests.small import CONFIGS, CROSS, TEXT, VISION, micro_tokenizer, randomise
 
 VISION_25 = replace(VISION, hidden_size=100, num_attention_heads=25, intermediate_size=67, num_dummy_heads=7)
 # 8 heads over 2 kv heads: shared out at 2, and held by two ranks each at 4. 81 inner columns divide by neither.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm_runtime.cli import main
-from tests.runtime.benchmarks import write_benchmark
+from nvlm_runtime.commands.cli import main
+from tests.evaluation.benchmarks import write_benchmark
 
 ASK = [sys.executable, "-m", "nvlm_runtime", "ask", "examples/receipt.png"]
 # a thousand tokens, as nearly every token is as likely as every other
@@ -76,7 +76,8 @@ def test_a_rank_that_gives_up_ends_with_its_code():
     program = """
 import os, sys, threading, time
 import torch, torch.distributed as dist
-from nvlm_runtime import cli, ranks
+from nvlm_runtime.commands import cli
+from nvlm_runtime.parallel import ranks
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 class Waits(threading.Thread):
     def run(self): time.sleep(60)

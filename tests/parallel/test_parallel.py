@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bench.gloo import run_ranks
-from nvlm_runtime.cache import KVCache
-from nvlm_runtime.decoder import CrossView
-from nvlm_runtime.entries import file_entries, fill
-from nvlm_runtime.model import NVLMModel
-from nvlm_runtime.parallel import Group, sizes
+from nvlm_runtime.checkpoint.tensors import file_entries, fill
+from nvlm_runtime.model.cache import KVCache
+from nvlm_runtime.model.decoder import CrossView
+from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.parallel.group import Group, sizes
 from nvlm_runtime.presets import PRESETS
 from tests.parallel import work
 from tests.parallel.small import TEXT_3, config, load, write

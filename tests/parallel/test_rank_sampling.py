@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.gloo import run_ranks
-from nvlm_runtime.sampling import Draw, draw
+from nvlm_runtime.engine.sampling import Draw, draw
 from tests.parallel import sampling_work as work
 
 DRAWS = 60

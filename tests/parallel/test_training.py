@@ -191,7 +191,7 @@ def test_a_rank_killed_in_a_step_ends_all_and_nothing_but_the_steps_since_is_los
 
 
 def test_micro_models_train_in_one_process(folder, monkeypatch, capsys):
-    from nvlm_runtime.cli import main
+    from nvlm_runtime.commands.cli import main
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

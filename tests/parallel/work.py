@@ -9,13 +9,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvlm_runtime.engine import NVLM
-from nvlm_runtime.features import Features
-from nvlm_runtime.parallel import SOLO, Group
-from nvlm_runtime.sampling import GenerationParams
-from nvlm_runtime.weights import load as load_weights
+from nvlm_runtime.checkpoint.weights import load as load_weights
+from nvlm_runtime.engine.nvlm import NVLM
+from nvlm_runtime.engine.sampling import GenerationParams
+from nvlm_runtime.model.features import Features
+from nvlm_runtime.parallel.group import SOLO, Group
+from tests.model.test_model import picture
 from tests.parallel.small import load
-from tests.runtime.test_model import picture
 
 LARGE, SMALL = picture((96, 64)), picture((32, 32), 1)
 SAMPLED = [{"temperature": 0.8, "seed": 5}, {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.2, "seed": 6}]

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.checkpoint.weights import save
+from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.source import Dataset
-from nvlm_runtime.weights import save
-from tests.runtime.small import CONFIGS, micro_tokenizer, randomise
-from tests.runtime.test_model import picture
+from tests.model.test_model import picture
+from tests.small import CONFIGS, micro_tokenizer, randomise
 
 SIZES = [(96, 64), (32, 32), (64, 32), (32, 96)]
 

@@ -11,9 +11,9 @@ from nvlm_runtime.training.documents import IGNORE, make_document
 from nvlm_runtime.training.packing import fill_rows
 from nvlm_runtime.training.rows import BadRow, JsonLines
 from nvlm_runtime.training.source import Dataset, Source
-from tests.runtime.qwen import qwen_tokenizer
-from tests.runtime.small import CONFIGS, micro_tokenizer
-from tests.runtime.test_model import picture
+from tests.inputs.qwen import qwen_tokenizer
+from tests.model.test_model import picture
+from tests.small import CONFIGS, micro_tokenizer
 from tests.training.data import datasets, turns, write_data, write_rows
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nvlm_runtime import devices
-from nvlm_runtime.devices import DEVICES, peak_flops
+from nvlm_runtime.analysis import devices
+from nvlm_runtime.analysis.devices import DEVICES, peak_flops
 from nvlm_runtime.training.documents import make_document
 from nvlm_runtime.training.flops import attention_flops, linear_flops, step_flops
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import pack
 from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.trainer import freeze
-from tests.runtime.small import micro_tokenizer, small_model
+from tests.small import micro_tokenizer, small_model
 from tests.training.data import write_data
 
 ALL = ("vision", "projector", "cross", "decoder")
@@ -78,7 +78,7 @@ def test_attention_is_over_what_is_seen(tmp_path):
 def test_a_tied_head_is_a_product(tmp_path):
     from dataclasses import replace
 
-    from nvlm_runtime.model import NVLMModel
+    from nvlm_runtime.model.model import NVLMModel
 
     plain = small_model("d")
     config = replace(plain.config, text=replace(plain.config.text, tie_word_embeddings=True))

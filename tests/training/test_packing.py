@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvlm_runtime.attention import PackedPast
-from nvlm_runtime.features import Features
-from nvlm_runtime.model import NVLMModel
+from nvlm_runtime.model.attention import PackedPast
+from nvlm_runtime.model.features import Features
+from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.documents import IGNORE, make_document
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import fill_rows, pack
 from nvlm_runtime.training.rows import JsonLines
-from tests.runtime.small import TEXT, micro_tokenizer, small_model
+from tests.small import TEXT, micro_tokenizer, small_model
 from tests.training.data import write_data
 
 VARIANTS = ("d", "x", "h")
@@ -115,7 +115,7 @@ def test_a_document_changes_no_other_by_a_bit(tmp_path, variant):
 
 def test_the_kernels_intervals_are_the_documents(monkeypatch):
     """What a GPU is given, one interval a token, against torch's attention document by document."""
-    from nvlm_runtime import attention
+    from nvlm_runtime.model import attention
 
     torch.manual_seed(0)
     heads, kv = TEXT.num_attention_heads, TEXT.num_key_value_heads

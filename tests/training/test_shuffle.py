@@ -11,8 +11,8 @@ from nvlm_runtime.training.rows import JsonLines
 from nvlm_runtime.training.shuffle import shuffle_tiles
 from nvlm_runtime.training.source import Source
 from nvlm_runtime.training.trainer import Trainer
-from tests.runtime.small import CONFIGS, micro_tokenizer
-from tests.runtime.test_model import picture
+from tests.model.test_model import picture
+from tests.small import CONFIGS, micro_tokenizer
 from tests.training.data import datasets, turns, write_rows
 from tests.training.test_trainer import quiet, recipe_of
 

@@ -403,7 +403,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monk
 
 
 def test_the_picture_and_the_lines(tmp_path):
-    from nvlm_runtime.cli import main
+    from nvlm_runtime.commands.cli import main
 
     words = ["train", "sft-d", "--threads", str(torch.get_num_threads())]
     for change in changes(tmp_path, "d", steps=3, plot="true", log_every=1):

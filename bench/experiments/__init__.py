@@ -1,0 +1,1 @@
+"""Experiments: training small models and asking them, quantisation, parity of text models."""

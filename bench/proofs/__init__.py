@@ -1,0 +1,1 @@
+"""What is known of the kernels without a GPU: machine code, bytes, predictions, the rules of CUDA graphs."""

@@ -1,0 +1,1 @@
+"""The attention family: tile and decode attention, split keys, interval masks."""

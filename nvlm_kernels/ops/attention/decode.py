@@ -1,0 +1,68 @@
+"""Self-attention of the newest T tokens of each request to its cache: a decoding step, or a few drafted tokens.
+
+    out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(D)) v[s]      over 0 <= s < length - T + 1 + t
+
+q, out: [B, T, H, D], 1 <= T <= 8    k_cache, v_cache: [B, S, Hkv, D], S slots, H a multiple of Hkv
+lengths: [B] slots that are filled, the T new tokens' among them, on the device
+Slots from `length` on are not read and may hold anything, and the caches may be views of a larger one: nothing is
+copied. A row with no slot to see gives 0. No gradients: decoding only.
+Bound: memory, the bytes of the filled slots. Kernels and numerics: `split_attention`, one grid for every length.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvlm_kernels._backend import has_values, use_triton
+from nvlm_kernels.ops.attention.split import MAX_TOKENS, check_attention, check_kernel, split_attention
+
+
+def decode_attention_ref(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    num_tokens, num_slots = q.shape[1], k_cache.shape[1]
+    ends = lengths[:, None] - num_tokens + 1 + torch.arange(num_tokens, device=q.device)  # [B, T]
+    visible = torch.arange(num_slots, device=q.device) < ends[..., None]  # [B, T, S]
+    sees = visible.any(-1, keepdim=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(visible | ~sees)[:, None], enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return torch.where(sees[..., None], out.transpose(1, 2), 0)
+
+
+def _one_length(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -> Tensor:
+    """The reference where every row sees the first `length` slots: they are cut out, and nothing is masked."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, :length], v_cache[:, :length]))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of the newest T tokens to the filled slots of a static cache.
+
+    q: [B, T, H, D], T at most 8; k_cache, v_cache: [B, S, Hkv, D], any strides; lengths: [B], int32 or int64, counting
+    the T tokens, which are in the cache already. Returns [B, T, H, D]. Raises ValueError on any other shape or dtype
+    and, on a CPU, on a length outside [0, S]; on a GPU that would wait for the device, so there it is cut to [0, S].
+    The kernels take D in multiples of 16 up to 128.
+    """
+    check_attention("decode_attention", q, k_cache, v_cache, "k_cache", "v_cache")
+    if q.shape[1] > MAX_TOKENS:
+        raise ValueError(f"decode_attention: q must have at most {MAX_TOKENS} tokens, got {q.shape[1]}")
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"decode_attention: lengths must be int32 or int64 of shape {(q.shape[0],)}, "
+            f"got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    if lengths.device != q.device:
+        raise ValueError(f"decode_attention: lengths are on {lengths.device}, q on {q.device}")
+    if not use_triton(q):
+        if not has_values(lengths):
+            return decode_attention_ref(q, k_cache, v_cache, lengths)
+        known = set(lengths.tolist())
+        if known and (min(known) < 0 or max(known) > k_cache.shape[1]):
+            raise ValueError(f"decode_attention: lengths leave the {k_cache.shape[1]} slots: {lengths.tolist()}")
+        if q.shape[1] == 1 and len(known) == 1 and 0 not in known:
+            return _one_length(q, k_cache, v_cache, *known)
+        return decode_attention_ref(q, k_cache, v_cache, lengths)
+    check_kernel("decode_attention", q)
+    if q.numel() == 0 or k_cache.shape[1] == 0:
+        return torch.zeros_like(q)
+    return split_attention(q, k_cache, v_cache, lengths)

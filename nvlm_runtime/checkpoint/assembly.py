@@ -1,0 +1,249 @@
+"""A new NVLM from a text model and a vision tower: what `nvlm init` does.
+
+The text model's weights stay bit for bit what they are. New are the projector, the gated cross-attention and, where the
+tower is a random one, the tower, all drawn from one seed: linears of unit variance, the ends of residual branches
+smaller by sqrt(2 layers), image tokens as large as the text's embeddings. Gates are 0: on text, and in NVLM-X beside
+any picture, the model is the text model, bit for bit. Special tokens that NVLM needs and the vocabulary has not get ids
+behind its last. Where the embedding has no row for such an id it gets the mean of all others, in the head too: then no
+such token can be the likeliest, so greedy answers stay. A row the text model has is kept, used by it or not.
+Sources: NVLM paper sections 4.2 to 4.5 (parts, gates, tokens); Flamingo (arXiv 2204.14198) for gates at 0.
+"""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nvlm_runtime.checkpoint.backbone import Backbone, open_backbone
+from nvlm_runtime.checkpoint.tensors import Entry, file_entries, fill
+from nvlm_runtime.checkpoint.tower import Tower, open_tower
+from nvlm_runtime.checkpoint.weights import save, some
+from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
+from nvlm_runtime.inputs.template import ChatTemplate
+from nvlm_runtime.inputs.tokenizer import Tokenizer
+from nvlm_runtime.model.model import NVLMModel, allocate, outline
+from nvlm_runtime.model.vision import RMSNorm
+
+SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_pad|>")
+GATED_LAYERS = 10  # as many as the paper has, where the caller does not say
+BRANCH_ENDS = ("o_proj", "down_proj", "proj", "fc2")
+POSITION_STD = 0.5  # beside patches of unit variance
+GELU_SQUARE = 0.4252  # of a standard normal: the mean of gelu(z) ** 2
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A whole new model. added: special tokens the vocabulary did not have, to their ids. num_new_rows: of the
+    embedding, behind the text model's own.
+    """
+
+    model: NVLMModel
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    added: dict[str, int]
+    num_new_rows: int
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint whole or not at all. Raises ValueError where `folder` is there and not empty."""
+        with new_folder(folder) as partial:
+            self.tokenizer.save(partial)
+            if self.template is not None:
+                self.template.save(partial)
+            save(self.model, partial)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it to write to, which becomes `folder` at the end, or is gone where the block raises.
+
+    Raises ValueError where `folder` is there and not empty.
+    """
+    check_empty(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_empty(folder: Path) -> None:
+    """ValueError for a file, and for a folder that holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty: give a new folder")
+
+
+def gated_layers(num_layers: int, every: int | None = None) -> tuple[int, ...]:
+    """Every so many layers from layer 0; None makes about ten of them. ValueError below 1 and above `num_layers`."""
+    if every is None:
+        every = max(1, num_layers // GATED_LAYERS)
+    if not 1 <= every <= num_layers:
+        raise ValueError(f"cross-attention can stand in one layer of 1 to {num_layers}, got one of {every}")
+    return tuple(range(0, num_layers, every))
+
+
+def assemble(
+    variant: str,
+    text: str | Path,
+    vision: str | Path,
+    *,
+    seed: int = 0,
+    every: int | None = None,
+    layers: Sequence[int] | None = None,
+    placement: Literal["inside", "before"] = "inside",
+    ffn: Literal["none", "swiglu", "gelu4x"] = "none",
+    positions: Literal["none", "sinusoidal"] = "sinusoidal",
+    dtype: torch.dtype | None = None,
+    max_tiles: int = 6,
+) -> Assembly:
+    """variant: "d", "x" or "h". text: as `open_backbone` takes it. vision: as `open_tower` does.
+
+    every, layers: where NVLM-X and -H get cross-attention, in one layer of so many or in those named; `gated_layers`
+    where both are None. placement, ffn, positions: of `CrossConfig`. dtype: of all weights, None the text model's own,
+    float32 where it was quantised. Raises FileNotFoundError or ValueError for absent, damaged, missing, unexpected and
+    wrongly shaped weights, before memory is allocated.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if every is not None and layers is not None:
+        raise ValueError("give every how many layers, or the layers, not both")
+    with ExitStack() as stack:
+        backbone, tower = open_backbone(text, stack), open_tower(vision, stack)
+        tokenizer, added = _vocabulary(backbone)
+        rows = max(backbone.config.vocab_size, tokenizer.vocab_size)
+        if layers is None:
+            layers = gated_layers(backbone.config.num_hidden_layers, every)
+        config = NVLMConfig(
+            variant=variant,
+            vision=tower.config,
+            text=replace(backbone.config, vocab_size=rows),
+            cross=None if variant == "d" else CrossConfig(tuple(layers), placement, ffn, positions),
+            ps_version=tower.ps_version,
+            max_tiles=max_tiles,
+            bos_token=backbone.bos_token,
+        )
+        model = outline(config)
+        entries = file_entries(model)
+        _check(backbone, tower, entries)
+        allocate(model, dtype or backbone.dtype, "cpu")
+        if config.text.tie_word_embeddings:
+            model.language_model.tie()
+        with torch.no_grad():
+            _fill(model, entries, backbone, tower)
+            _draw(model, torch.Generator().manual_seed(seed), is_tower_new=tower.tensors is None)
+    return Assembly(model.eval(), tokenizer, backbone.template, added, rows - backbone.config.vocab_size)
+
+
+def _vocabulary(backbone: Backbone) -> tuple[Tokenizer, dict[str, int]]:
+    """The tokenizer with all of `SPECIALS`, and those that were not there."""
+    tokenizer, rows = backbone.tokenizer, backbone.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{backbone.name}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {rows} rows"
+        )
+    names = tokenizer.missing([*SPECIALS, *([backbone.bos_token] if backbone.bos_token else [])])
+    if backbone.bos_token in names:
+        raise ValueError(f"{backbone.name}: bos_token {backbone.bos_token!r} is no special token of the tokenizer")
+    tokenizer = tokenizer.with_specials(names)
+    return tokenizer, {name: tokenizer.special(name) for name in names}
+
+
+def is_of_text_model(name: str) -> bool:
+    """Whether a tensor of a checkpoint is the text model's own."""
+    return name.startswith("language_model.") and ".cross_attn." not in name
+
+
+def _text_name(name: str) -> str | None:
+    """The text model's own name of a tensor of the checkpoint, None where it is none of its."""
+    return name.removeprefix("language_model.") if is_of_text_model(name) else None
+
+
+def _check(backbone: Backbone, tower: Tower, entries: Mapping[str, Entry]) -> None:
+    """Every name and shape, the embedding's rows but for."""
+    wanted = {text: entry.shape for name, entry in entries.items() if (text := _text_name(name)) is not None}
+    sides = [(backbone.name, backbone.shapes, wanted)]
+    if tower.tensors is not None:
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in tower.tensors.items()}
+        wanted = {name: entry.shape for name, entry in entries.items() if name.startswith("vision_model.")}
+        sides.append((tower.name, shapes, wanted))
+    for source, given, wanted in sides:
+        if missing := set(wanted) - set(given):
+            raise ValueError(f"{source} misses {len(missing)} tensors: {some(missing)}")
+        if unexpected := set(given) - set(wanted):
+            raise ValueError(f"{source} holds {len(unexpected)} unexpected tensors: {some(unexpected)}")
+        for name, shape in wanted.items():
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                shape = (backbone.config.vocab_size, *shape[1:])
+            if given[name] != shape:
+                raise ValueError(f"{source}: {name} has shape {list(given[name])}, expected {list(shape)}")
+
+
+def _fill(model: NVLMModel, entries: Mapping[str, Entry], backbone: Backbone, tower: Tower) -> None:
+    parameters = dict(model.named_parameters())
+    for name, entry in entries.items():
+        parameter, text = parameters[entry.parameter], _text_name(name)
+        if text in ("model.embed_tokens.weight", "lm_head.weight"):
+            stored = backbone.read(text)
+            parameter[: len(stored)] = stored
+            parameter[len(stored) :] = stored.float().mean(0)
+        elif text is not None:
+            fill(parameter, entry, backbone.read(text), name, is_checked=True)
+        elif tower.tensors is not None and name.startswith("vision_model."):
+            fill(parameter, entry, tower.tensors[name], name, is_checked=True)
+
+
+def _draw(model: NVLMModel, generator: torch.Generator, is_tower_new: bool) -> None:
+    """Draws all that is new, module by module in the order of their names."""
+    decoder, tower = model.language_model, model.vision_model
+    _draw_part(model.mlp1, 0, generator)
+    # the norm before it gives unit variance, a GELU between the two takes some away
+    scale = decoder.embed_tokens.weight.float().std() / (math.sqrt(GELU_SQUARE) if len(model.mlp1) > 2 else 1)
+    model.mlp1[-1].weight.mul_(scale)
+    for i in decoder.cross_layers:
+        cross = decoder.layers[i].cross_attn
+        _draw_part(cross, len(decoder.layers), generator)
+        for name, parameter in cross.named_parameters():
+            if name in ("gate", "ffn_gate"):
+                parameter.zero_()
+    if not is_tower_new:
+        return
+    _draw_part(tower.encoder, len(tower.encoder.layers), generator)
+    for block in tower.encoder.layers:
+        block.ls1.fill_(1)
+        block.ls2.fill_(1)
+    patch = tower.embeddings.patch_embedding
+    _normal(patch.weight, patch.weight[0].numel() ** -0.5, generator)
+    patch.bias.zero_()
+    for parameter in (tower.embeddings.class_embedding, tower.embeddings.position_embedding):
+        _normal(parameter, POSITION_STD, generator)
+
+
+def _draw_part(part: nn.Module, num_layers: int, generator: torch.Generator) -> None:
+    """Linears and norms. num_layers: on whose residual stream the part's branches end."""
+    for name, module in part.named_modules():
+        if isinstance(module, nn.Linear):
+            branches = 2 * num_layers if name.rpartition(".")[2] in BRANCH_ENDS else 1
+            _normal(module.weight, (branches * module.in_features) ** -0.5, generator)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm | RMSNorm):
+            module.weight.fill_(1)
+            if isinstance(module, nn.LayerNorm):
+                module.bias.zero_()
+
+
+def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    """In float32, whatever the parameter is in: a seed gives the same weights in every dtype but for rounding."""
+    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -1,0 +1,1 @@
+"""Requests to answers: the classes NVLM and Engine, batches, decode steps, CUDA graphs, sampling."""

@@ -1,0 +1,380 @@
+"""Requests from any thread or task on one running batch: they wait in line, join it and leave it between steps.
+
+One thread owns the batch and the line. Everybody else sends it messages and reads what an `Answer` has published, so
+that nothing of the batch is shared and nobody's cancelling, failing or going away can harm another's answer.
+"""
+
+import asyncio
+import atexit
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from numbers import Integral
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from nvlm_runtime.engine.batch import Batch
+from nvlm_runtime.engine.nvlm import NVLM, ROUNDING
+from nvlm_runtime.engine.request import Output, Prepared, Row
+from nvlm_runtime.engine.sampling import GenerationParams
+
+Closing = Literal["drain", "now"]
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may: try again when some have been answered."""
+
+
+class EngineStopped(RuntimeError):
+    """The engine was closed, or failed: then the failure is the cause."""
+
+    def again(self) -> "EngineStopped":
+        """The same for somebody else, who gets a traceback of his own."""
+        other = EngineStopped(*self.args)
+        other.__cause__ = self.__cause__
+        return other
+
+
+class Answer:
+    """One request on its way through an `Engine`: pieces for a thread (`for`) or a task (`async for`), or the `result`.
+
+    Every loop begins with the first piece; pieces that nobody has fetched yet come as one. A loop that is left early
+    frees the row, as `cancel` does; an answer that nobody reads is computed to its end. Loops and `result` raise the
+    request's own error, and EngineStopped where the engine ended first.
+    """
+
+    def __init__(self, row: Row, inbox: "SimpleQueue[Answer | Closing]"):
+        self._row, self._inbox = row, inbox
+        self._since = time.perf_counter()
+        self._left = False
+        self._changed = threading.Condition()  # of the next three
+        self._shown = 0  # characters of the row's text that are certain
+        self._ended = False
+        self._wakers: list[Callable[[], Any]] = []
+
+    def __iter__(self) -> Iterator[str]:
+        sent = 0
+        try:
+            while (shown := self._wait(sent)) > sent:
+                yield self._row.text[sent:shown]
+                sent = shown
+        finally:
+            self.cancel()
+        self._raise()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        event, loop = asyncio.Event(), asyncio.get_running_loop()
+        wake = partial(loop.call_soon_threadsafe, event.set)
+        with self._changed:
+            self._wakers.append(wake)
+        sent = 0
+        try:
+            while True:
+                event.clear()
+                with self._changed:
+                    shown, ended = self._shown, self._ended
+                if shown > sent:
+                    yield self._row.text[sent:shown]
+                    sent = shown
+                elif ended:
+                    break
+                else:
+                    await event.wait()
+        finally:
+            with self._changed:
+                self._wakers.remove(wake)
+            self.cancel()
+        self._raise()
+
+    def result(self, timeout: float | None = None) -> Output:
+        """The whole answer. Raises TimeoutError after `timeout` seconds; the answer goes on."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, timeout):
+                raise TimeoutError(f"the answer is not complete after {timeout} s")
+        self._raise()
+        return self.output
+
+    def cancel(self) -> None:
+        """Frees the row before the next step, or the place in the line; the text so far stays. Returns at once."""
+        if not self._ended:
+            self._left = True
+            self._inbox.put(self)  # may be called while garbage is collected, in any thread: it takes no lock
+
+    @property
+    def output(self) -> Output:
+        """The answer so far, final when a loop has ended."""
+        return self._row.output
+
+    def _wait(self, sent: int) -> int:
+        """Characters that are certain, more than `sent` unless the answer has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._shown > sent or self._ended)
+            return self._shown
+
+    def _raise(self) -> None:
+        if self._row.error is not None:
+            raise self._row.error
+
+    def _publish(self) -> None:
+        """The engine's thread has changed the row."""
+        with self._changed:
+            self._shown, self._ended = self._row.num_shown, self._row.done
+            self._changed.notify_all()
+            for wake in self._wakers:
+                try:
+                    wake()
+                except RuntimeError:  # its event loop is closed: nobody will read on
+                    self.cancel()
+
+
+class Engine:
+    """A model that answers many requests at once: `generate`, `stream`, `submit`; `close` ends its thread.
+
+    max_rows: requests that decode together. max_tokens: of prompt and answer, a row, at most the model's context.
+    max_image_tokens: image keys a row, None for the largest picture's; nothing in NVLM-D. max_queue: requests that may
+    wait behind the rows. warmup: compiles and captures all that its requests can need before it takes any; `warmed` has
+    the seconds a phase then, and `NVLM.compiles_after_warmup` counts what is compiled all the same.
+
+    Requests start first come, first served. Their timings' "queue" is the wait until a row began to read the prompt.
+    A request's failure is its own; any other in the thread ends the engine and every request with EngineStopped.
+    Raises ValueError for sizes below 1 (max_image_tokens, max_queue: 0) or caches that memory cannot hold.
+    """
+
+    def __init__(
+        self,
+        model: NVLM,
+        *,
+        max_rows: int = 8,
+        max_tokens: int = 2048,
+        max_image_tokens: int | None = None,
+        max_queue: int = 64,
+        warmup: bool = False,
+    ):
+        if model.model.group.size > 1:
+            raise ValueError("an engine's order of requests is its process's own: it serves a model of one process")
+        if max_image_tokens is None:
+            max_image_tokens = -(-model.max_image_keys // ROUNDING) * ROUNDING
+        _check_size("max_rows", max_rows, 1)
+        _check_size("max_tokens", max_tokens, 1)
+        _check_size("max_image_tokens", max_image_tokens, 0)
+        _check_size("max_queue", max_queue, 0)
+        self.model = model
+        self.max_rows, self.max_queue = max_rows, max_queue
+        self.max_tokens = min(max_tokens, model.config.text.context)
+        self.max_image_tokens = max_image_tokens
+        batch = model.batch(max_rows, self.max_tokens, max_image_tokens)
+        self.warmed = model.warm(batch) if warmup else {}
+        self._inbox: SimpleQueue[Answer | Closing] = SimpleQueue()
+        self._room = threading.Semaphore(max_rows + max_queue)
+        self._lock = threading.Lock()  # of `_stopped`: who sees None may still send a request
+        self._stopped: EngineStopped | None = None
+        line = _Line(batch, self._inbox, self._room)
+        self._thread = threading.Thread(target=self._run, args=(line,), name="nvlm-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close, drain=False)  # an interpreter must not go away under a step
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.close(drain=kind is None)
+
+    def close(self, drain: bool = True) -> None:
+        """Takes no more requests, and returns when the thread has ended: with every answer complete, or else at once,
+        with EngineStopped for those that are not. May be called again, to stop waiting for answers too.
+        """
+        with self._lock:
+            self._stopped = self._stopped or EngineStopped("the engine is closed")
+        self._inbox.put("drain" if drain else "now")
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def prepare(
+        self,
+        prompt: str | None = None,
+        images: Sequence[Any] = (),
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | None = None,
+        style: str = "hf",
+    ) -> Prepared:
+        """`NVLM.prepare`, with the tiles cut before it returns: rows never wait for them. "open" has their time."""
+        prepared = self.model.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style)
+        began = time.perf_counter()
+        for picture in prepared.pictures:
+            if picture.handle is None:
+                picture.pixels()
+        opened = prepared.timings["open"] + time.perf_counter() - began
+        return replace(prepared, timings={**prepared.timings, "open": opened})
+
+    def submit(self, request: Prepared, params: GenerationParams | None = None) -> Answer:
+        """Puts a prepared request in line, greedy if params is None. Does not wait.
+
+        Raises ValueError where it can never fit a row, QueueFull where the line is full, EngineStopped after the end.
+        """
+        if not isinstance(request, Prepared):
+            raise ValueError(f"a request is what prepare returns, got {type(request).__name__}")
+        row = self.model.row(request, params or GenerationParams())
+        num_keys = request.layout.cross_length
+        if row.num_slots > self.max_tokens or num_keys > self.max_image_tokens:
+            raise ValueError(
+                f"the request needs {row.num_slots} tokens ({len(request.input_ids)} of them its prompt) and "
+                f"{num_keys} image keys, the engine has {self.max_tokens} and {self.max_image_tokens} a row"
+            )
+        len(request.keys)  # computed here, not between two steps
+        answer = Answer(row, self._inbox)
+        with self._lock:
+            if self._stopped is not None:
+                raise self._stopped.again()
+            if not self._room.acquire(blocking=False):
+                raise QueueFull(f"{self.max_queue} requests wait already, and no more may (max_queue)")
+            self._inbox.put(answer)
+        return answer
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        images: Sequence[Any] = (),
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | None = None,
+        style: str = "hf",
+        **params: Any,
+    ) -> Output:
+        """`NVLM.generate` among the other requests; interrupted, it frees its row. Raises as `submit` does."""
+        checked = GenerationParams(**params)
+        prepared = self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style)
+        answer = self.submit(prepared, checked)
+        try:
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        images: Sequence[Any] = (),
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input_ids: Sequence[int] | None = None,
+        style: str = "hf",
+        **params: Any,
+    ) -> AsyncIterator[str]:
+        """The pieces of an answer for `async for`, prepared in a thread. Left or cancelled, it frees its row.
+
+        Raises ValueError for params here, everything else at the first piece.
+        """
+        checked = GenerationParams(**params)
+        prepare = partial(self.prepare, prompt, images, messages=messages, input_ids=input_ids, style=style)
+        return self._pieces(prepare, checked)
+
+    async def _pieces(self, prepare: Callable[[], Prepared], params: GenerationParams) -> AsyncIterator[str]:
+        answer = self.submit(await asyncio.to_thread(prepare), params)
+        async with aclosing(aiter(answer)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _run(self, line: "_Line") -> None:
+        try:
+            line.run()
+            rest = EngineStopped("the engine was closed before the answer was complete")
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the caches
+            rest = EngineStopped(f"the engine failed: {type(error).__name__}: {error}")
+            rest.__cause__ = error
+            with self._lock:
+                self._stopped = rest
+        line.end(rest)
+
+
+class _Line:
+    """What the engine's thread alone touches: the batch, the requests in it and those that wait for it."""
+
+    def __init__(self, batch: Batch, inbox: "SimpleQueue[Answer | Closing]", room: threading.Semaphore):
+        self.batch: Batch | None = batch
+        self.inbox, self.room = inbox, room
+        self.waiting: deque[Answer] = deque()
+        self.active: dict[int, Answer] = {}  # by the id of the row
+        self.closing: Closing | None = None
+
+    def run(self) -> None:
+        """Until the engine is closed."""
+        while True:
+            self._receive()
+            if self.closing == "now" or self.closing == "drain" and self._idle:
+                return
+            # one prompt is read at a time: until then a request waits in line, where the rows that leave may help it
+            if self.waiting and self.batch.num_free and not self.batch.is_reading:
+                answer = self.waiting.popleft()
+                self._stop_waiting(answer)
+                self.batch.admit(answer._row)
+                self.active[id(answer._row)] = answer
+            # a row may have made two steps of progress: its prompt's end and a token
+            for row in {id(row) for row, _ in self.batch.advance()}:
+                self._publish(self.active[row])
+
+    def end(self, error: EngineStopped) -> None:
+        """Fails every request that is left."""
+        self.waiting += (message for message in self._messages() if isinstance(message, Answer))
+        for answer in (*self.active.values(), *self.waiting):
+            if not answer._row.done:
+                answer._row.error = error.again()
+            if not answer._ended:
+                self._publish(answer)
+        self.batch.close()
+        self.batch = None
+
+    @property
+    def _idle(self) -> bool:
+        return not self.waiting and not self.active
+
+    def _messages(self) -> Iterator[Answer | Closing]:
+        try:
+            while True:
+                yield self.inbox.get_nowait()
+        except Empty:
+            return
+
+    def _receive(self) -> None:
+        """Heeds every message there is, and waits for one where there is nothing else to do."""
+        if self._idle and self.closing is None:
+            self._heed(self.inbox.get())
+        for message in self._messages():
+            self._heed(message)
+
+    def _heed(self, message: Answer | Closing) -> None:
+        if not isinstance(message, Answer):
+            self.closing = "now" if self.closing == "now" else message
+        elif message._left and not message._ended:
+            self._cancel(message)
+        elif not message._ended:
+            self.waiting.append(message)
+
+    def _cancel(self, answer: Answer) -> None:
+        if id(answer._row) in self.active:
+            self.batch.cancel(answer._row)
+        else:
+            if answer in self.waiting:
+                self.waiting.remove(answer)
+            answer._row.finish("cancelled")
+        self._publish(answer)
+
+    def _publish(self, answer: Answer) -> None:
+        if answer._row.done:
+            self._stop_waiting(answer)
+            self.active.pop(id(answer._row), None)
+            self.room.release()
+        answer._publish()
+
+    def _stop_waiting(self, answer: Answer) -> None:
+        answer._row.timings.setdefault("queue", time.perf_counter() - answer._since)
+
+
+def _check_size(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
