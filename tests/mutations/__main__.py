@@ -1,6 +1,7 @@
 """Breaks the code by hand, one line at a time, and writes down which test saw it: tests/mutations/README.md.
 
     python -m tests.mutations [--new] [NAME...]   # mutates a copy of the tree; rows of other names are kept
+    python -m tests.mutations --check             # runs nothing: does every mutation still apply?
 
 --new applies only what the table does not have yet.
 
@@ -62,13 +63,37 @@ def caught_by(part: str, tests: Sequence[str] | None, file: str, old: str, new: 
     return f"`{found.group(1)}`"
 
 
+def parts() -> list[str]:
+    """Names of the files beside this one that list mutations."""
+    return [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "__main__"]
+
+
+def stale() -> list[str]:
+    """A line for every mutation that no longer applies: its file or a test file is missing, or its text has moved."""
+    lines = []
+    for part in parts():
+        listed = importlib.import_module(f"tests.mutations.{part}")
+        tests = getattr(listed, "TESTS", None) or (f"tests/kernels/test_{part}.py",)
+        lines += [
+            f"{part}: no test file {name}" for name in tests if name.endswith(".py") and not (ROOT / name).is_file()
+        ]
+        for file, old, _, what in listed.MUTATIONS:
+            count = (ROOT / file).read_text().count(old) if (ROOT / file).is_file() else None
+            if count is None:
+                lines.append(f"{part}: no file {file} ({what})")
+            elif count != 1:
+                lines.append(f"{part}: {old!r} occurs {count} times in {file}, expected once ({what})")
+    return lines
+
+
 def main(words: list[str]) -> None:
-    is_new, parts = "--new" in words, [word for word in words if word != "--new"]
-    known = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name != "__main__"]
-    if unknown := set(parts) - set(known):
-        raise SystemExit(f"no mutations of {sorted(unknown)}; known: {known}")
+    if words == ["--check"]:
+        raise SystemExit("\n".join(stale()))
+    is_new, chosen = "--new" in words, [word for word in words if word != "--new"]
+    if unknown := set(chosen) - set(parts()):
+        raise SystemExit(f"no mutations of {sorted(unknown)}; known: {parts()}")
     rows = TABLE.read_text().splitlines()[HEAD.count("\n") :] if TABLE.exists() else []
-    for part in parts or known:
+    for part in chosen or parts():
         before = {row.rpartition(" | ")[0]: row for row in rows if row.startswith(f"| {part} |")}
         rows = [row for row in rows if not row.startswith(f"| {part} |")]
         listed = importlib.import_module(f"tests.mutations.{part}")
