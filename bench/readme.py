@@ -1,4 +1,4 @@
-"""README's table of speed, made of bench/results/generate-*.json: python -m bench.readme"""
+"""Writes the speed tables of docs/benchmarks.md from bench/results/generate-*.json: python -m bench.readme"""
 
 import json
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ from typing import Any
 
 from bench.report import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- speed: python -m bench.readme -->", "<!-- /speed -->"
 NAMES = {
-    "tile_ms": "ms a tile, {at} in the picture",
-    "first_token_s": "first token, s, {at}",
-    "token_ms": "ms a token behind {at} tokens",
-    "tokens_per_s": "tokens/s, {at} rows",
-    "working_mb": "MB above weights and caches, {at}",
-    "startup_s": "start to first token of `nvlm ask`, s, {at}",
+    "tile_ms": "ms per tile, tiles in the image: {at}",
+    "first_token_s": "s to the first token, {at}",
+    "token_ms": "ms per token, context of {at} tokens",
+    "tokens_per_s": "tokens/s, batch of {at}",
+    "working_mb": "MB besides weights and caches, {at}",
+    "startup_s": "s from the start of `nvlm ask` to the first token, {at}",
 }
 
 
@@ -50,7 +50,7 @@ def speed(result: dict[str, Any]) -> str:
     settings = [part["setting"] for part in parts]
     roofs = [part["card"]["read_gb_per_s"] for part in parts]
     loads = [part["load"] for part in parts]
-    head = ["", *contestants, *(["memory's limit"] if limited else [])]
+    head = ["", *contestants, *(["memory bandwidth limit"] if limited else [])]
     lines = [
         f"`{result['model']}`, {_only(part['dtype'] for part in parts)}, {_only(s['cpu'] for s in settings)}, "
         f"{_only(s['cpu_threads'] for s in settings)} threads, torch {_only(s['torch'] for s in settings)}, "
@@ -86,4 +86,4 @@ def renewed(text: str, inside: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(renewed(README.read_text(), section()))
+    PAGE.write_text(renewed(PAGE.read_text(), section()))
