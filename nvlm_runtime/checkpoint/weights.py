@@ -24,7 +24,7 @@ from nvlm_runtime.model.model import NVLMModel, allocate, outline
 from nvlm_runtime.model.quantize import check_scheme, quantize, quantized_buffers, scheme_of
 from nvlm_runtime.parallel.group import SOLO, Group, VisionSplit
 
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STORED = {"I8": torch.int8, "I32": torch.int32}  # of quantised weights, beside DTYPES
@@ -133,14 +133,14 @@ def load(
     group: Group = SOLO,
     vision_split: VisionSplit = "tiles",
     allocate: Callable[[NVLMModel, torch.dtype, torch.device | str], Any] = allocate,
-    told: Told = lambda read, total: None,
+    progress: Progress = lambda read, total: None,
 ) -> tuple[NVLMModel, dict[str, Any]]:
     """A model in eval mode and its config.json, from a checkpoint folder.
 
     A rank of a group reads its own slices alone, each file once and in order, straight to their places: host memory
     holds its share and one tensor. dtype: None takes config.json's "torch_dtype", or the file's own where it has none.
-    allocate: makes the memory of an outline, of which a rank may hold some rows alone (`held_rows`). told: of the bytes
-    of the files that are behind, and of all, whenever a tensor has been read.
+    allocate: makes the memory of an outline, of which a rank may hold some rows alone (`held_rows`). progress:
+    called with (bytes_read, bytes_total) of the files after every tensor.
     Raises FileNotFoundError for absent files; ValueError for missing, unexpected or wrongly shaped tensors, non-zero
     padding heads, a damaged file, a config this runtime does not know or a group that cannot share the model out, each
     by name, before memory is allocated (padding: while it streams).
@@ -186,7 +186,7 @@ def load(
                 stored = files[where[name]].get_slice(name)
                 fill(parameters[entry.parameter], entry, stored, name, is_checked=group.rank == 0)
                 read += math.prod(entry.shape) * (DTYPES | STORED)[stored.get_dtype()].itemsize
-                told(read, total)
+                progress(read, total)
     return model.eval(), values
 
 

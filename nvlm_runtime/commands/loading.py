@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nvlm_runtime.checkpoint.weights import Told
+from nvlm_runtime.checkpoint.weights import Progress
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.parallel.group import SOLO
@@ -19,16 +19,17 @@ LARGE = 1 << 30  # bytes of a checkpoint that is seen to be read
 
 
 @contextmanager
-def loading_bar() -> Iterator[Told]:
-    """What `weights.load` may tell of a large checkpoint: rank 0 shows it on a terminal."""
+def loading_bar() -> Iterator[Progress]:
+    """The progress callback of `weights.load` that shows a large checkpoint being read: on rank 0's terminal."""
     if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")):
         yield lambda read, total: None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = "loading", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    sizes = progress.BarColumn(), progress.DownloadColumn()
+    rates = progress.TransferSpeedColumn(), progress.TimeRemainingColumn()
+    with progress.Progress("loading", *sizes, *rates, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", visible=False)
         yield lambda read, total: bar.update(task, completed=read, total=total, visible=total >= LARGE)
 
@@ -41,7 +42,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
         raise ValueError(f"nvlm {args.command} runs in one process, and torchrun started several")
     else:
         group, device = SOLO, args.device
-    with loading_bar() as told:
+    with loading_bar() as progress:
         model = NVLM.load(
             args.model,
             device,
@@ -54,7 +55,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
             speculate=args.speculate,
             quantize=scheme_of_words(args.quantize),
             lora=args.lora,
-            told=told,
+            progress=progress,
             **options,
         )
     wait_for_loading(group)

@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     writer = _tensorboard(recipe) if speaks else None
     console = Console(stderr=True, quiet=not speaks)
     log = partial(console.print, markup=False, highlight=False)
-    with loading_bar() as told:
-        trainer = Trainer(recipe, args.resume, device, log, mesh, told)
+    with loading_bar() as progress:
+        trainer = Trainer(recipe, args.resume, device, log, mesh, progress)
     wait_for_loading(mesh.world)
     peak = peak_flops(trainer.device, getattr(torch, recipe.precision))
     try:

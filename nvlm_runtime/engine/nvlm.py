@@ -21,7 +21,7 @@ from nvlm_kernels import MAX_DECODE_TOKENS
 from nvlm_kernels.native import Native, is_default, library
 from nvlm_runtime.checkpoint.joined import whole_folder
 from nvlm_runtime.checkpoint.lora import load_lora, merge_lora
-from nvlm_runtime.checkpoint.weights import DTYPES, Told, checkpoint_digest, load
+from nvlm_runtime.checkpoint.weights import DTYPES, Progress, checkpoint_digest, load
 from nvlm_runtime.engine.batch import Batch
 from nvlm_runtime.engine.compiles import CompileWatch
 from nvlm_runtime.engine.encoder import ImageEncoder
@@ -176,7 +176,7 @@ class NVLM:
         vision_split: VisionSplit = "tiles",
         lora: str | Path | None = None,
         merge: bool = True,
-        told: Told = lambda read, total: None,
+        progress: Progress = lambda read, total: None,
         cache_folder: str | Path | None = None,
         **options: Any,
     ) -> "NVLM":
@@ -189,8 +189,8 @@ class NVLM:
         group: the ranks that hold the model together (`ranks.join`). Every rank loads its share, then makes the same
         calls with the same arguments and gets the same answers. vision_split: "tiles" or "heads" (`parallel`).
         dtype: None is config.json's torch_dtype. attention: what prompts' self-attention goes through, torch's own or
-        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. told: of what is read, as
-        `weights.load` tells. options: as of NVLM. Raises FileNotFoundError or ValueError as `weights.load` and
+        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. progress: as in
+        `weights.load`. options: as of NVLM. Raises FileNotFoundError or ValueError as `weights.load` and
         `load_lora` do, and ValueError where flash-attn is asked for and cannot run.
         """
         if dtype is not None and dtype not in DTYPES.values():
@@ -205,7 +205,7 @@ class NVLM:
             tokenizer.special(special)
         template = ChatTemplate.load(folder)
         group.check_same("the checkpoint", checkpoint_digest(folder))
-        model, _ = load(folder, device, dtype, group, vision_split, told=told)
+        model, _ = load(folder, device, dtype, group, vision_split, progress=progress)
         if lora is not None and scheme_of(model):
             raise ValueError(f"{folder} is quantised, and quantised weights know no adapters")
         if lora is not None:

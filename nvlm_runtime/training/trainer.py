@@ -24,7 +24,7 @@ from torch import nn
 from nvlm_runtime.checkpoint.joined import whole_folder
 from nvlm_runtime.checkpoint.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.checkpoint.tensors import square_norm
-from nvlm_runtime.checkpoint.weights import Told, load, save, write_json
+from nvlm_runtime.checkpoint.weights import Progress, load, save, write_json
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.model.quantize import scheme_of
@@ -88,7 +88,7 @@ class Trainer:
     """A run of a recipe. `resume`: from its newest whole checkpoint; without one in its folder, that is an error.
 
     mesh: of ranks that share the model; a tower that learns is cut by heads, one that does not takes shares of tiles,
-    or is cut too where the model's rows are shared out. told: as of `weights.load`.
+    or is cut too where the model's rows are shared out. progress: as in `weights.load`.
     Raises ValueError or OSError, before anything is written, for a model of another variant, for data that is not there
     and for a folder that holds another run; over ranks also for adapters, for ranks of other recipes, and for
     micro-batches that cannot be shared out evenly.
@@ -101,7 +101,7 @@ class Trainer:
         device: str = "cpu",
         log: Callable[[str], None] = print,
         mesh: Mesh | None = None,
-        told: Told = lambda read, total: None,
+        progress: Progress = lambda read, total: None,
     ):
         self.recipe, self.out, self.log = recipe, Path(recipe.out), log
         self.mesh = mesh = mesh or Mesh()
@@ -126,10 +126,10 @@ class Trainer:
         dtype = getattr(torch, recipe.precision)
         if mesh.data.size == 1:
             split = "heads" if "vision" in recipe.train else "tiles"
-            self.model, self.values = load(base, device, dtype, mesh.tensor, split, told=told)
+            self.model, self.values = load(base, device, dtype, mesh.tensor, split, progress=progress)
             self.objective = Objective(self.model)
         else:
-            self.model, self.values = load(base, device, dtype, mesh.tensor, "heads", self._allocate_shares, told)
+            self.model, self.values = load(base, device, dtype, mesh.tensor, "heads", self._allocate_shares, progress)
         if scheme_of(self.model):
             raise ValueError(f"{base} is quantised: it answers, and does not learn")
         if self.model.config.variant != recipe.variant:

@@ -164,14 +164,14 @@ def edit_shard(folder, name, change):
     save_file(tensors, file)
 
 
-def test_what_is_told_while_it_loads(checkpoint):
-    told = []
-    load(checkpoint, told=lambda read, total: told.append((read, total)))
+def test_progress_is_reported_after_every_tensor(checkpoint):
+    calls = []
+    load(checkpoint, progress=lambda read, total: calls.append((read, total)))
     stored = published_tensors()
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    assert len(told) == len(stored) and {total for _, total in told} == {size}
-    assert [read for read, _ in told] == sorted({read for read, _ in told})
-    assert told[-1][0] == sum(tensor.nbytes for tensor in stored.values()) <= size
+    assert len(calls) == len(stored) and {total for _, total in calls} == {size}
+    assert [read for read, _ in calls] == sorted({read for read, _ in calls})
+    assert calls[-1][0] == sum(tensor.nbytes for tensor in stored.values()) <= size
 
 
 def test_a_large_checkpoint_is_seen_to_be_read_on_a_terminal(checkpoint, monkeypatch):
@@ -183,8 +183,8 @@ def test_a_large_checkpoint_is_seen_to_be_read_on_a_terminal(checkpoint, monkeyp
         monkeypatch.setattr(loading, "LARGE", large)
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setattr("sys.stderr", Terminal())
-        with loading.loading_bar() as told:
-            load(checkpoint, told=told)
+        with loading.loading_bar() as progress:
+            load(checkpoint, progress=progress)
         return sys.stderr.getvalue()
 
     assert "loading" in shown(0)
