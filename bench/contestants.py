@@ -15,7 +15,7 @@ from PIL import Image
 from bench.transformers_peer import transformers_model
 from nvlm_runtime import NVLM
 from nvlm_runtime.analysis.eager import PlainRows, answer, project, see
-from nvlm_runtime.engine.request import Prepared
+from nvlm_runtime.engine.request import PreparedPrompt
 from nvlm_runtime.engine.sampling import GenerationParams
 
 # what of ours is timed, by name: keyword arguments of NVLM
@@ -96,14 +96,14 @@ class Ours:
         prepared = [self.engine.prepare(input_ids=[TOKEN] * context) for _ in range(batch)]
         yield from self.steps_of(prepared, num)
 
-    def steps_of(self, requests: Sequence[Prepared], num: int) -> Iterator[float]:
+    def steps_of(self, requests: Sequence[PreparedPrompt], num: int) -> Iterator[float]:
         """The steps behind prompts that may hold images; all of one length."""
         size, length = len(requests), len(requests[0].input_ids)
         params = GenerationParams(max_new_tokens=num + size + 2, ignore_eos=True)
-        rows = [self.engine.row(prepared, params) for prepared in requests]
+        rows = [self.engine.request(prepared, params) for prepared in requests]
         key = (size, length)
         if key not in self._batches:
-            slots = max(row.num_slots for row in rows), max(row.prepared.layout.cross_length for row in rows)
+            slots = max(row.num_positions for row in rows), max(row.prepared.layout.cross_length for row in rows)
             self._batches[key] = self.engine.batch(size, *slots)
         batch = self._batches[key]
         for row in rows:

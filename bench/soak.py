@@ -115,7 +115,7 @@ def soak(name: str, num_requests: int, deterministic: bool) -> dict[str, Any]:
         "requests": num_requests,
         "distinct": len(distinct),
         **counts,
-        "rows": engine.max_rows,
+        "rows": engine.max_batch_size,
         "resident_bytes": memory,
         "seconds": seconds,
         "requests_per_second": num_requests / seconds,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvlm_kernels import pixel_shuffle
-from nvlm_runtime.engine.request import STAGES, Prepared
+from nvlm_runtime.engine.request import PHASES, PreparedPrompt
 from nvlm_runtime.inputs.layout import Layout
 from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.decoder import CrossView
@@ -114,7 +114,7 @@ class PlainRows:
 
 
 @torch.inference_mode()
-def answer(model: NVLMModel, prepared: Prepared, num_tokens: int, vocab_size: int) -> PlainAnswer:
+def answer(model: NVLMModel, prepared: PreparedPrompt, num_tokens: int, vocab_size: int) -> PlainAnswer:
     """The first `num_tokens` tokens of a greedy answer, end tokens among them. vocab_size: of the tokenizer.
 
     Raises ValueError for less than one token, more than the context holds, and for images given as handles.
@@ -123,7 +123,7 @@ def answer(model: NVLMModel, prepared: Prepared, num_tokens: int, vocab_size: in
     if not 1 <= num_tokens <= room:
         raise ValueError(f"num_tokens must be from 1 to {room}, what the context still holds, got {num_tokens}")
     weight = model.language_model.embed_tokens.weight
-    timings = dict.fromkeys((*STAGES, "decode"), 0.0)
+    timings = dict.fromkeys((*PHASES, "decode"), 0.0)
 
     def spent(stage: str, began: float) -> None:
         if weight.is_cuda:
@@ -131,7 +131,7 @@ def answer(model: NVLMModel, prepared: Prepared, num_tokens: int, vocab_size: in
         timings[stage] += time.perf_counter() - began
 
     images = []
-    for picture in prepared.pictures:
+    for picture in prepared.images:
         began = time.perf_counter()
         pixel_values = picture.pixel_values.to(weight.device, weight.dtype)
         spent("tile", began)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nvlm_runtime.engine.encoder import ImageEncoder
 from nvlm_runtime.engine.in_flight import Flight
-from nvlm_runtime.engine.request import Row
+from nvlm_runtime.engine.request import Request
 from nvlm_runtime.engine.sampling import Draw
 from nvlm_runtime.engine.slots import Slots
 from nvlm_runtime.engine.stages import Stages, write_cross
@@ -32,7 +32,7 @@ class Batch:
         self.speculate = speculate
         self.stages, self.slots, self.encoder = stages, slots, encoder
         self.chunk, self.reuse = chunk, reuse
-        self.rows: list[Row | None] = [None] * slots.num
+        self.rows: list[Request | None] = [None] * slots.num
         self._cached = [np.zeros((0, 4), np.int64)] * slots.num  # the keys of what each slot's cache holds
         self._versions = [-1] * slots.num  # of the weights that each slot's cache was computed with
         self._filling: list[tuple[int, Iterator[None]]] = []
@@ -53,11 +53,13 @@ class Batch:
         """Whether a prompt is not read to its end yet."""
         return bool(self._filling)
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: Request) -> bool:
         """Whether the buffers are long enough for a request."""
-        return row.num_slots <= self.slots.capacity and row.prepared.layout.cross_length <= self.slots.cross_capacity
+        return (
+            row.num_positions <= self.slots.capacity and row.prepared.layout.cross_length <= self.slots.cross_capacity
+        )
 
-    def admit(self, row: Row) -> None:
+    def admit(self, row: Request) -> None:
         """Takes a request into the free slot that holds most of its prompt. ValueError where there is none, or it does
         not fit.
         """
@@ -66,7 +68,7 @@ class Batch:
             raise ValueError(f"all {len(self.rows)} rows of the batch are taken")
         if not self.fits(row):
             raise ValueError(
-                f"the request needs {row.num_slots} slots and {row.prepared.layout.cross_length} image keys, "
+                f"the request needs {row.num_positions} slots and {row.prepared.layout.cross_length} image keys, "
                 f"the batch has {self.slots.capacity} and {self.slots.cross_capacity} a row"
             )
         version = self.stages.model.version
@@ -76,7 +78,7 @@ class Batch:
         self.rows[slot], self._positions[slot], self._versions[slot] = row, 0, version
         self._filling.append((slot, self._fill(slot, row)))
 
-    def num_shared(self, slot: int, row: Row) -> int:
+    def num_shared(self, slot: int, row: Request) -> int:
         """Tokens at the beginning of a prompt that a slot's cache holds; the last one is always read anew."""
         if not self.reuse:
             return 0
@@ -85,7 +87,7 @@ class Batch:
         differs = (held[:length] != asked[:length]).any(-1)
         return int(differs.argmax()) if differs.any() else length
 
-    def advance(self) -> list[tuple[Row, str]]:
+    def advance(self) -> list[tuple[Request, str]]:
         """One chunk of the prompt that waits longest and one step of every decoding row.
 
         Returns the rows that drew a token, with their new text, and those that failed, with "".
@@ -108,7 +110,7 @@ class Batch:
             progress += self._step()
         return progress
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, row: Request) -> None:
         """Frees a row's slot at once, whatever it was doing. A row that has left already is left alone."""
         for slot, taken in enumerate(self.rows):
             if taken is row:
@@ -150,7 +152,7 @@ class Batch:
     def _decoding(self, slot: int) -> bool:
         return self.rows[slot] is not None and all(slot != filling for filling, _ in self._filling)
 
-    def _fill(self, slot: int, row: Row) -> Iterator[None]:
+    def _fill(self, slot: int, row: Request) -> Iterator[None]:
         """Reads a row's prompt from `num_reused` on; stops after each image and each chunk. Then the first draw."""
         self.stages.refresh()
         slots, prepared, device = self.slots, row.prepared, self.slots.token.device
@@ -159,7 +161,7 @@ class Batch:
         self._cached[slot] = prepared.keys[:start]
         where: list[int] = []
         tokens: list[Tensor] = []
-        for image, picture in zip(prepared.layout.images, prepared.pictures, strict=True):
+        for image, picture in zip(prepared.layout.images, prepared.images, strict=True):
             if image.span[1] <= start:
                 continue  # its slots and keys are where they were
             with torch.inference_mode():
@@ -196,7 +198,7 @@ class Batch:
         self._positions[slot] = len(ids)
         row.timings["prefill"] += time.perf_counter() - began
 
-    def _step(self) -> list[tuple[Row, str]]:
+    def _step(self) -> list[tuple[Request, str]]:
         """Launches a step of all rows that may draw one more token, and takes in what it drew; where the stages run
         ahead, what the step before it drew, so that the device never waits for the host. What a row draws behind its
         own end is dropped.
@@ -213,7 +215,7 @@ class Batch:
             self._flight, flight = flight, before
         return self._land(flight) if flight else []
 
-    def _launch(self, due: tuple[tuple[int, Row], ...], began: float) -> Flight:
+    def _launch(self, due: tuple[tuple[int, Request], ...], began: float) -> Flight:
         with torch.inference_mode():
             self.stages.step(
                 self.slots,
@@ -224,7 +226,7 @@ class Batch:
             )
             return Flight.of(due, began, self.slots.drawn)
 
-    def _land(self, flight: Flight) -> list[tuple[Row, str]]:
+    def _land(self, flight: Flight) -> list[tuple[Request, str]]:
         drawn = flight.tokens()
         began, self._landed = max(flight.began, self._landed), time.perf_counter()
         seconds = self._landed - began
@@ -238,7 +240,7 @@ class Batch:
             progress.append(self._accept(slot, drawn[slot]))
         return progress
 
-    def _speculate(self, slot: int, draft: list[int], began: float) -> list[tuple[Row, str]]:
+    def _speculate(self, slot: int, draft: list[int], began: float) -> list[tuple[Request, str]]:
         """A step of a lone row that draws behind every token of its draft, and keeps them up to the first other one."""
         row, slots = self.rows[slot], self.slots
         with torch.inference_mode():
@@ -259,7 +261,7 @@ class Batch:
                 break
         return progress
 
-    def _accept(self, slot: int, token: int) -> tuple[Row, str]:
+    def _accept(self, slot: int, token: int) -> tuple[Request, str]:
         row = self.rows[slot]
         row.timings.setdefault("decode", 0.0)
         if token < 0:

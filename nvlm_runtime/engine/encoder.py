@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch.profiler import record_function
 
-from nvlm_runtime.engine.handle import ImageCache, ImageHandle, fingerprint, picture_key
-from nvlm_runtime.engine.request import Picture
+from nvlm_runtime.engine.handle import ImageCache, ImageHandle, fingerprint, image_key
+from nvlm_runtime.engine.request import ImageInput
 from nvlm_runtime.engine.stages import Stages
 from nvlm_runtime.inputs.image import TilePlan
 from nvlm_runtime.inputs.layout import ImageLayout
@@ -40,7 +40,7 @@ class ImageEncoder:
         with self._lock:
             return self.cache.get(key) if self.fingerprint else None
 
-    def handle(self, picture: Picture, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+    def handle(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
         """A picture's handle, from the cache or computed now; adds to timings' tile, encode and project seconds."""
         if picture.handle is not None:
             return picture.handle
@@ -58,7 +58,7 @@ class ImageEncoder:
         return self._keys_values(handle.tokens, image)
 
     @torch.inference_mode()
-    def _encode(self, picture: Picture, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+    def _encode(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
         weight = self.model.language_model.embed_tokens.weight
         times = [time.perf_counter()]
         with record_function("nvlm.tile"):
@@ -86,7 +86,7 @@ class ImageEncoder:
         tokens = image_embeds.to(weight.device, weight.dtype)
         kv = self._keys_values(tokens, replace(image, place=0)) if config.cross else None
         raw = tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        return ImageHandle(plan, picture_key(raw, plan), self.fingerprint, tokens, kv)
+        return ImageHandle(plan, image_key(raw, plan), self.fingerprint, tokens, kv)
 
     def _keys_values(self, tokens: torch.Tensor, image: ImageLayout) -> CrossKV:
         with record_function("nvlm.project"):

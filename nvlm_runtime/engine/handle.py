@@ -104,7 +104,7 @@ def fingerprint(model: NVLMModel) -> str:
     return digest.hexdigest()
 
 
-def picture_key(pixels: bytes, plan: TilePlan) -> str:
+def image_key(pixels: bytes, plan: TilePlan) -> str:
     """Names a decoded RGB picture, cut by a plan."""
     return hashlib.sha256(repr(plan).encode() + pixels).hexdigest()
 

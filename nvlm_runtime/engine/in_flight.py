@@ -5,20 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvlm_runtime.engine.request import Row
+from nvlm_runtime.engine.request import Request
 
 
 @dataclass(frozen=True)
 class Flight:
     """rows: who draws, with their slots. began: time.perf_counter() at the launch."""
 
-    rows: tuple[tuple[int, Row], ...]
+    rows: tuple[tuple[int, Request], ...]
     began: float
     _drawn: Tensor  # [B], on the host once `_arrived`
     _arrived: "torch.cuda.Event | None"
 
     @staticmethod
-    def of(rows: tuple[tuple[int, Row], ...], began: float, drawn: Tensor) -> "Flight":
+    def of(rows: tuple[tuple[int, Request], ...], began: float, drawn: Tensor) -> "Flight":
         """drawn: what the step leaves on its device, int64 [B]; later steps may write over it."""
         if drawn.device.type != "cuda":
             return Flight(rows, began, drawn.clone(), None)

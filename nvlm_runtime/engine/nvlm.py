@@ -26,9 +26,9 @@ from nvlm_runtime.engine.batch import Batch
 from nvlm_runtime.engine.compiles import CompileWatch
 from nvlm_runtime.engine.encoder import ImageEncoder
 from nvlm_runtime.engine.graphs import GraphStages
-from nvlm_runtime.engine.handle import ImageCache, ImageHandle, picture_key
+from nvlm_runtime.engine.handle import ImageCache, ImageHandle, image_key
 from nvlm_runtime.engine.native import use_library
-from nvlm_runtime.engine.request import STAGES, Output, Picture, Prepared, Row, check_ids
+from nvlm_runtime.engine.request import PHASES, ImageInput, Output, PreparedPrompt, Request, check_ids
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.slots import Slots
 from nvlm_runtime.engine.stages import Stages
@@ -64,7 +64,7 @@ class Stream:
     Left early, by `close` or by being forgotten, it frees its row; the text so far stays.
     """
 
-    def __init__(self, pieces: Iterator[str], row: Row):
+    def __init__(self, pieces: Iterator[str], row: Request):
         self._pieces, self._row = pieces, row
 
     def __iter__(self) -> Iterator[str]:
@@ -228,7 +228,7 @@ class NVLM:
         messages: Sequence[Mapping[str, Any]] | None = None,
         input_ids: Sequence[int] | None = None,
         style: str = "hf",
-    ) -> Prepared:
+    ) -> PreparedPrompt:
         """A request made ready: exactly one of prompt, messages and input_ids; images are paths, PIL images or arrays.
 
         `<image>` in a prompt stands for a picture; without one, pictures come first. input_ids are used as they are.
@@ -260,26 +260,26 @@ class NVLM:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context of this model {config.text.context}")
         tags = [tag_ids(self.tokenizer, plan, config) for plan in plans]
         layout = make_layout(config, len(ids), blocks, plans, tags)
-        return Prepared(ids, layout, pictures, {"queue": 0.0, "open": opened})
+        return PreparedPrompt(ids, layout, pictures, {"queue": 0.0, "open": opened})
 
-    def _picture(self, source: Any) -> Picture:
+    def _picture(self, source: Any) -> ImageInput:
         """Opens and names a picture; its tiles are cut in a thread, unless its handle is there already."""
         if isinstance(source, ImageHandle):
             if source.fingerprint != self.encoder.fingerprint:
                 raise ValueError("the image handle was made by other weights than this model's")
-            return Picture(source.plan, source.key, None, source)
+            return ImageInput(source.plan, source.key, None, source)
         picture = open_image(source)
         plan = plan_tiles(*picture.size, self.config.vision.image_size, self.config.min_tiles, self.config.max_tiles)
-        key = picture_key(picture.tobytes(), plan)
+        key = image_key(picture.tobytes(), plan)
         handle = self.encoder.cached(key)
         if handle is not None:
-            return Picture(plan, key, lambda: tile_pixels(picture, plan), handle)
-        return Picture(plan, key, self._threads.submit(tile_pixels, picture, plan).result)
+            return ImageInput(plan, key, lambda: tile_pixels(picture, plan), handle)
+        return ImageInput(plan, key, self._threads.submit(tile_pixels, picture, plan).result)
 
     def encode_image(self, source: Any) -> ImageHandle:
         """What the decoder needs of a picture, to be given to any prompt in the picture's place."""
         picture = self._picture(source)
-        return self.encoder.handle(picture, self._lone_layout(picture.plan), dict.fromkeys(STAGES, 0.0))
+        return self.encoder.handle(picture, self._lone_layout(picture.plan), dict.fromkeys(PHASES, 0.0))
 
     def handle_from_embeds(self, image_embeds: Tensor, width: int, height: int) -> ImageHandle:
         """A handle of image tokens [N, P, C] computed elsewhere, thumbnail last, of a picture of width x height pixels.
@@ -326,22 +326,24 @@ class NVLM:
         checked = GenerationParams(**params)
         return self.complete(self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style), checked)
 
-    def complete(self, prepared: Prepared, params: GenerationParams | None = None) -> Stream:
+    def complete(self, prepared: PreparedPrompt, params: GenerationParams | None = None) -> Stream:
         """Decodes one prepared request, greedily if params is None. The context's end ends it too ("length")."""
-        row = self.row(prepared, params or GenerationParams())
+        row = self.request(prepared, params or GenerationParams())
         return Stream(self._alone(row), row)
 
-    def generate_batch(self, requests: Sequence[Prepared], params: GenerationParams | None = None) -> list[Output]:
+    def generate_batch(
+        self, requests: Sequence[PreparedPrompt], params: GenerationParams | None = None
+    ) -> list[Output]:
         """Answers to prepared requests in one batch, whatever images each has; each as it would be alone.
 
         Raises ValueError where their caches do not fit into memory, before anything is computed.
         """
-        rows = [self.row(prepared, params or GenerationParams()) for prepared in requests]
+        rows = [self.request(prepared, params or GenerationParams()) for prepared in requests]
         if not rows:
             return []
         batch = self.batch(
             len(rows),
-            max(row.num_slots for row in rows),
+            max(row.num_positions for row in rows),
             max(row.prepared.layout.cross_length for row in rows),
         )
         for row in rows:
@@ -373,14 +375,14 @@ class NVLM:
         if before is not None and before is not batch:
             before.close()
 
-    def _alone(self, row: Row) -> Iterator[str]:
+    def _alone(self, row: Request) -> Iterator[str]:
         """A row in a batch of its own: the buffers of the last one, if they are free and long enough."""
         with self._lock:
             batch, self._idle = self._idle, None
         if batch is None or not batch.fits(row):
             if batch is not None:
                 batch.close()
-            capacity = -(-row.num_slots // ROUNDING) * ROUNDING
+            capacity = -(-row.num_positions // ROUNDING) * ROUNDING
             cross_capacity = -(-row.prepared.layout.cross_length // ROUNDING) * ROUNDING
             batch = self.batch(1, min(capacity, self.config.text.context), cross_capacity)
         batch.admit(row)
@@ -398,8 +400,8 @@ class NVLM:
     def logits(self, input_ids: Sequence[int], images: Sequence[Any] = ()) -> Tensor:
         """[T, vocab] of one full forward over exact ids, without a cache."""
         prepared = self.prepare(input_ids=input_ids, images=images)
-        timings = dict.fromkeys(STAGES, 0.0)
-        pairs = zip(prepared.pictures, prepared.layout.images, strict=True)
+        timings = dict.fromkeys(PHASES, 0.0)
+        pairs = zip(prepared.images, prepared.layout.images, strict=True)
         tokens = [self.encoder.handle(picture, image, timings).tokens for picture, image in pairs]
         ids = torch.tensor([prepared.input_ids], device=self.device)
         x = self.model.embed(ids, [prepared.layout], [tokens])
@@ -409,14 +411,14 @@ class NVLM:
         return self.model.language_model.logits(hidden[0])
 
     @torch.inference_mode()
-    def warmup(self, max_tokens: int = 1024, max_images: int = 1) -> dict[str, float]:
-        """Allocates the buffers of single requests of up to `max_tokens` tokens, prompt and answer, and `max_images`
+    def warmup(self, max_model_len: int = 1024, max_images: int = 1) -> dict[str, float]:
+        """Allocates the buffers of single requests of up to `max_model_len` tokens, prompt and answer, and `max_images`
         images, and compiles and captures all that such requests can need. Returns seconds a phase.
 
         From then on `compiles_after_warmup` counts what is compiled all the same, and each is a warning.
         """
         began = time.perf_counter()
-        batch = self.batch(1, min(max_tokens, self.config.text.context), max_images * self.max_image_keys)
+        batch = self.batch(1, min(max_model_len, self.config.text.context), max_images * self.max_image_keys)
         phases = {"buffers": time.perf_counter() - began, **self.warm(batch)}
         self._keep(batch)
         return phases
@@ -447,13 +449,13 @@ class NVLM:
         """Triton kernels and static stages that requests have had to wait for since `warmup`."""
         return self._watch.count
 
-    def row(self, prepared: Prepared, params: GenerationParams) -> Row:
+    def request(self, prepared: PreparedPrompt, params: GenerationParams) -> Request:
         """A request ready for a batch. Ranks of a group draw by one seed."""
         if params.seed is None and params.temperature and self.model.group.size > 1:
             params = replace(params, seed=self.model.group.agree(int.from_bytes(os.urandom(8))))
         # the last token drawn is never fed back, so it needs no position
         room = self.config.text.context - len(prepared.input_ids) + 1
-        return Row(
+        return Request(
             prepared=prepared,
             params=params,
             stream=TextStream(self.tokenizer),

@@ -1,4 +1,4 @@
-"""One request on its way to tokens: what `prepare` makes of prompt and pictures, and what decoding makes of that."""
+"""One request on its way to tokens: what `prepare` makes of prompt and images, and what decoding makes of that."""
 
 import operator
 import statistics
@@ -17,11 +17,11 @@ from nvlm_runtime.inputs.image import TilePlan
 from nvlm_runtime.inputs.layout import Layout
 from nvlm_runtime.inputs.tokenizer import TextStream
 
-STAGES = ("tile", "encode", "project", "prefill")  # what a row times itself, before it decodes
+PHASES = ("tile", "encode", "project", "prefill")  # what a row times itself, before it decodes
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageInput:
     """One image of a request. key: names its content and plan. pixels: waits for its tiles; unused with a handle."""
 
     plan: TilePlan
@@ -38,21 +38,21 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedPrompt:
     """Token ids, where the image tokens go, and every image. timings: seconds a stage."""
 
     input_ids: tuple[int, ...]
     layout: Layout
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageInput, ...]
     timings: dict[str, float]
 
     @property
     def plans(self) -> tuple[TilePlan, ...]:
-        return tuple(picture.plan for picture in self.pictures)
+        return tuple(image.plan for image in self.images)
 
     @property
     def pixel_values(self) -> tuple[Tensor, ...]:
-        return tuple(picture.pixel_values for picture in self.pictures)
+        return tuple(image.pixel_values for image in self.images)
 
     @cached_property
     def keys(self) -> np.ndarray:
@@ -64,7 +64,7 @@ class Prepared:
         keys = np.zeros((len(self.input_ids), 4), np.int64)
         keys[:, 0] = self.input_ids
         keys[:, 1:3] = self.layout.intervals.numpy()
-        for image, picture in zip(self.layout.images, self.pictures, strict=True):
+        for image, picture in zip(self.layout.images, self.images, strict=True):
             keys[image.span[0], 3] = int(picture.key[:16], 16) - 2**63
         return keys
 
@@ -105,10 +105,10 @@ class Output:
 
 
 @dataclass
-class Row:
+class Request:
     """A request while it decodes. limit: the most tokens it may draw. reads: of the model's steps."""
 
-    prepared: Prepared
+    prepared: PreparedPrompt
     params: GenerationParams
     stream: TextStream
     eos_id: int | None  # None: an end token is a token like any other
@@ -120,12 +120,12 @@ class Row:
     error: Exception | None = None
     num_shown: int = 0
     num_reused: int = 0
-    timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     token_seconds: list[float] = field(default_factory=list)
     _ngrams: NgramIndex | None = None
 
     @property
-    def num_slots(self) -> int:
+    def num_positions(self) -> int:
         """Of the cache: the last token drawn is never fed back."""
         return len(self.prepared.input_ids) + self.limit - 1
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from nvlm_runtime.engine.batch import Batch
 from nvlm_runtime.engine.nvlm import NVLM, ROUNDING
-from nvlm_runtime.engine.request import Output, Prepared, Row
+from nvlm_runtime.engine.request import Output, PreparedPrompt, Request
 from nvlm_runtime.engine.sampling import GenerationParams
 
 Closing = Literal["drain", "now"]
@@ -48,7 +48,7 @@ class Answer:
     request's own error, and EngineStopped where the engine ended first.
     """
 
-    def __init__(self, row: Row, inbox: "SimpleQueue[Answer | Closing]"):
+    def __init__(self, row: Request, inbox: "SimpleQueue[Answer | Closing]"):
         self._row, self._inbox = row, inbox
         self._since = time.perf_counter()
         self._left = False
@@ -135,7 +135,7 @@ class Answer:
 class Engine:
     """A model that answers many requests at once: `generate`, `stream`, `submit`; `close` ends its thread.
 
-    max_rows: requests that decode together. max_tokens: of prompt and answer, a row, at most the model's context.
+    max_batch_size: requests that decode together. max_model_len: of prompt and answer, a request.
     max_image_tokens: image keys a row, None for the largest picture's; nothing in NVLM-D. max_queue: requests that may
     wait behind the rows. warmup: compiles and captures all that its requests can need before it takes any; `warmed` has
     the seconds a phase then, and `NVLM.compiles_after_warmup` counts what is compiled all the same.
@@ -149,8 +149,8 @@ class Engine:
         self,
         model: NVLM,
         *,
-        max_rows: int = 8,
-        max_tokens: int = 2048,
+        max_batch_size: int = 8,
+        max_model_len: int = 2048,
         max_image_tokens: int | None = None,
         max_queue: int = 64,
         warmup: bool = False,
@@ -159,18 +159,18 @@ class Engine:
             raise ValueError("an engine's order of requests is its process's own: it serves a model of one process")
         if max_image_tokens is None:
             max_image_tokens = -(-model.max_image_keys // ROUNDING) * ROUNDING
-        _check_size("max_rows", max_rows, 1)
-        _check_size("max_tokens", max_tokens, 1)
+        _check_size("max_batch_size", max_batch_size, 1)
+        _check_size("max_model_len", max_model_len, 1)
         _check_size("max_image_tokens", max_image_tokens, 0)
         _check_size("max_queue", max_queue, 0)
         self.model = model
-        self.max_rows, self.max_queue = max_rows, max_queue
-        self.max_tokens = min(max_tokens, model.config.text.context)
+        self.max_batch_size, self.max_queue = max_batch_size, max_queue
+        self.max_model_len = min(max_model_len, model.config.text.context)
         self.max_image_tokens = max_image_tokens
-        batch = model.batch(max_rows, self.max_tokens, max_image_tokens)
+        batch = model.batch(max_batch_size, self.max_model_len, max_image_tokens)
         self.warmed = model.warm(batch) if warmup else {}
         self._inbox: SimpleQueue[Answer | Closing] = SimpleQueue()
-        self._room = threading.Semaphore(max_rows + max_queue)
+        self._room = threading.Semaphore(max_batch_size + max_queue)
         self._lock = threading.Lock()  # of `_stopped`: who sees None may still send a request
         self._stopped: EngineStopped | None = None
         line = _Line(batch, self._inbox, self._room)
@@ -202,29 +202,29 @@ class Engine:
         messages: Sequence[Mapping[str, Any]] | None = None,
         input_ids: Sequence[int] | None = None,
         style: str = "hf",
-    ) -> Prepared:
+    ) -> PreparedPrompt:
         """`NVLM.prepare`, with the tiles cut before it returns: rows never wait for them. "open" has their time."""
         prepared = self.model.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style)
         began = time.perf_counter()
-        for picture in prepared.pictures:
+        for picture in prepared.images:
             if picture.handle is None:
                 picture.pixels()
         opened = prepared.timings["open"] + time.perf_counter() - began
         return replace(prepared, timings={**prepared.timings, "open": opened})
 
-    def submit(self, request: Prepared, params: GenerationParams | None = None) -> Answer:
+    def submit(self, request: PreparedPrompt, params: GenerationParams | None = None) -> Answer:
         """Puts a prepared request in line, greedy if params is None. Does not wait.
 
         Raises ValueError where it can never fit a row, QueueFull where the line is full, EngineStopped after the end.
         """
-        if not isinstance(request, Prepared):
+        if not isinstance(request, PreparedPrompt):
             raise ValueError(f"a request is what prepare returns, got {type(request).__name__}")
-        row = self.model.row(request, params or GenerationParams())
+        row = self.model.request(request, params or GenerationParams())
         num_keys = request.layout.cross_length
-        if row.num_slots > self.max_tokens or num_keys > self.max_image_tokens:
+        if row.num_positions > self.max_model_len or num_keys > self.max_image_tokens:
             raise ValueError(
-                f"the request needs {row.num_slots} tokens ({len(request.input_ids)} of them its prompt) and "
-                f"{num_keys} image keys, the engine has {self.max_tokens} and {self.max_image_tokens} a row"
+                f"the request needs {row.num_positions} tokens ({len(request.input_ids)} of them its prompt) and "
+                f"{num_keys} image keys, the engine has {self.max_model_len} and {self.max_image_tokens} a row"
             )
         len(request.keys)  # computed here, not between two steps
         answer = Answer(row, self._inbox)
@@ -273,7 +273,7 @@ class Engine:
         prepare = partial(self.prepare, prompt, images, messages=messages, input_ids=input_ids, style=style)
         return self._pieces(prepare, checked)
 
-    async def _pieces(self, prepare: Callable[[], Prepared], params: GenerationParams) -> AsyncIterator[str]:
+    async def _pieces(self, prepare: Callable[[], PreparedPrompt], params: GenerationParams) -> AsyncIterator[str]:
         answer = self.submit(await asyncio.to_thread(prepare), params)
         async with aclosing(aiter(answer)) as pieces:
             async for piece in pieces:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from nvlm_runtime.engine.nvlm import NVLM
-from nvlm_runtime.engine.request import Output, Prepared
+from nvlm_runtime.engine.request import Output, PreparedPrompt
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.serving import Engine
 from nvlm_runtime.evaluation.samples import Sample, opened
@@ -31,7 +31,7 @@ def answers(
             for sample in some:
                 try:
                     prepared.append(_prepare(model, sample, style))
-                    model.row(prepared[-1], params)  # refuses what the batch would
+                    model.request(prepared[-1], params)  # refuses what the batch would
                 except (ValueError, OSError) as error:
                     raise sample.row.error(str(error)) from error
             yield from zip(some, model.generate_batch(prepared, params))
@@ -40,8 +40,8 @@ def answers(
     waiting: deque = deque()
     with Engine(
         model,
-        max_rows=min(batch, len(samples)),
-        max_tokens=_capacity(model, samples, style) + max_new_tokens,
+        max_batch_size=min(batch, len(samples)),
+        max_model_len=_capacity(model, samples, style) + max_new_tokens,
         max_image_tokens=max_pictures * model.max_image_keys,
         max_queue=batch,
     ) as engine:
@@ -55,7 +55,7 @@ def answers(
         yield from _complete(waiting, 0)
 
 
-def _prepare(model: NVLM | Engine, sample: Sample, style: Style) -> Prepared:
+def _prepare(model: NVLM | Engine, sample: Sample, style: Style) -> PreparedPrompt:
     return model.prepare(messages=sample.messages, images=[opened(source) for source in sample.pictures], style=style)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from nvlm_runtime.engine.handle import picture_key
+from nvlm_runtime.engine.handle import image_key
 from nvlm_runtime.engine.nvlm import NVLM
-from nvlm_runtime.engine.request import Picture, Prepared
+from nvlm_runtime.engine.request import ImageInput, PreparedPrompt
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.micro.document import GRIDS, draw, make_document
 from nvlm_runtime.micro.questions import questions
@@ -31,7 +31,7 @@ def _samples(seed: int, samples: int, grids: Sequence[tuple[int, int]]) -> list[
     return found
 
 
-def open_tag_mask(prepared: Prepared) -> Prepared:
+def open_tag_mask(prepared: PreparedPrompt) -> PreparedPrompt:
     """Every row that sees a tile sees every tile of all the images."""
     intervals = prepared.layout.intervals.clone()
     sees = intervals[:, 1] > intervals[:, 0]
@@ -39,15 +39,15 @@ def open_tag_mask(prepared: Prepared) -> Prepared:
     return replace(prepared, layout=replace(prepared.layout, intervals=intervals))
 
 
-def _blank(prepared: Prepared) -> Prepared:
+def _blank(prepared: PreparedPrompt) -> PreparedPrompt:
     """Regular tiles without a picture on them; the thumbnail is kept."""
     pictures = []
-    for picture in prepared.pictures:
+    for picture in prepared.images:
         tiles = picture.pixel_values.clone()
         tiles[:-1] = 0
-        key = picture_key(tiles.numpy().tobytes(), picture.plan)
-        pictures.append(Picture(picture.plan, key, lambda tiles=tiles: tiles))
-    return replace(prepared, pictures=tuple(pictures))
+        key = image_key(tiles.numpy().tobytes(), picture.plan)
+        pictures.append(ImageInput(picture.plan, key, lambda tiles=tiles: tiles))
+    return replace(prepared, images=tuple(pictures))
 
 
 def evaluate(

@@ -54,7 +54,7 @@ def test_rows_join_and_leave_between_steps(variant):
     batch = model.batch(2, 150, 64)
     lengths = [3, 12, 7, 9, 12]
     waiting = [
-        model.row(request, GenerationParams(max_new_tokens=n, ignore_eos=True))
+        model.request(request, GenerationParams(max_new_tokens=n, ignore_eos=True))
         for request, n in zip(requests(model), lengths, strict=True)
     ]
     rows = list(waiting)
@@ -88,7 +88,7 @@ def test_deterministic_rows_have_the_bits_of_their_single_run(variant, native, m
             rows = []
             for each in group:
                 params = GenerationParams(max_new_tokens=8, ignore_eos=True, seed=number)
-                rows.append(model.row(each, params))
+                rows.append(model.request(each, params))
                 number += 1
             batch = model.batch(len(rows), 200, 100)
             for row in rows:
@@ -160,7 +160,7 @@ def test_changed_weights_are_noticed(variant):
 def test_what_a_row_left_is_not_used_after_weights_changed_under_it(steps):
     model = fresh("x")
     batch = model.batch(1, 150, 64)
-    rows = [model.row(requests(model)[1], PARAMS) for _ in range(2)]
+    rows = [model.request(requests(model)[1], PARAMS) for _ in range(2)]
     batch.admit(rows[0])
     for _ in range(steps):
         batch.advance()
@@ -210,7 +210,7 @@ def test_cancelled_while_its_prompt_is_read(variant, chunks):
     want = answers(variant, 2)
     model = fresh(variant, chunk=4)
     batch = model.batch(2, 150, 64)
-    first, second = (model.row(request, PARAMS) for request in requests(model)[:2])
+    first, second = (model.request(request, PARAMS) for request in requests(model)[:2])
     batch.admit(second)
     while not second.token_ids:
         batch.advance()
@@ -219,7 +219,7 @@ def test_cancelled_while_its_prompt_is_read(variant, chunks):
         batch.advance()
     batch.cancel(first)
     assert first.finish_reason == "cancelled" and batch.num_free == 1
-    again = model.row(requests(model)[0], PARAMS)
+    again = model.request(requests(model)[0], PARAMS)
     batch.admit(again)
     while not batch.is_idle:
         batch.advance()
@@ -231,7 +231,7 @@ def test_a_failed_row_never_harms_its_neighbours(when, monkeypatch):
     want = answers("x", 2)[1]
     model = fresh("x", chunk=4)
     batch = model.batch(2, 150, 64)
-    bad, good = (model.row(request, PARAMS) for request in requests(model)[:2])
+    bad, good = (model.request(request, PARAMS) for request in requests(model)[:2])
     if when == "encode":
         monkeypatch.setattr(model.stages, "encode", lambda pixels: 1 / 0)
     batch.admit(bad)
@@ -259,11 +259,11 @@ def test_refuses_what_does_not_fit():
     model = fresh("x")
     batch = model.batch(1, 40, 64)
     with pytest.raises(ValueError, match="the batch has 40 and 64 a row"):
-        batch.admit(model.row(model.prepare("What is it?", [LARGE]), PARAMS))
+        batch.admit(model.request(model.prepare("What is it?", [LARGE]), PARAMS))
     batch = model.batch(1, 100, 64)
-    batch.admit(model.row(model.prepare("Hello?"), PARAMS))
+    batch.admit(model.request(model.prepare("Hello?"), PARAMS))
     with pytest.raises(ValueError, match="all 1 rows of the batch are taken"):
-        batch.admit(model.row(model.prepare("Hello?"), PARAMS))
+        batch.admit(model.request(model.prepare("Hello?"), PARAMS))
 
 
 def test_cache_bytes_are_what_is_allocated():

@@ -49,7 +49,7 @@ def test_the_kernels_give_the_cpu_s_logits(name, device):
 def test_captured_stages_give_eager_s_tokens(name, device):
     want = answers(NVLM.load(name, device=device, dtype=torch.float32))
     model = NVLM.load(name, device=device, dtype=torch.float32, graphs=True)
-    model.warmup(max_tokens=400, max_images=2)
+    model.warmup(max_model_len=400, max_images=2)
     assert answers(model) == want
     stages = model.stages.stages.values()
     assert stages and all(stage.graph is not None for stage in stages)
@@ -58,7 +58,7 @@ def test_captured_stages_give_eager_s_tokens(name, device):
 @each_model
 def test_nothing_is_captured_after_warmup(name, device):
     model = NVLM.load(name, device=device, graphs=True)
-    model.warmup(max_tokens=400, max_images=1)
+    model.warmup(max_model_len=400, max_images=1)
     for way in WAYS:
         model.generate("What is the total?", images=[RECEIPT], max_new_tokens=8, ignore_eos=True, **way)
     assert model.compiles_after_warmup == 0

@@ -43,7 +43,7 @@ def test_nothing_is_built_after_warmup(variant):
     """A hundred requests of random sizes and ways to draw."""
     model = fresh(variant, graphs=True, chunk=64)
     assert model.compiles_after_warmup == 0
-    phases = model.warmup(max_tokens=300, max_images=2)
+    phases = model.warmup(max_model_len=300, max_images=2)
     assert phases.keys() == {"encode", "buffers", "prefill", "first", "step"}
     rng = random.Random(0)
     sizes = [(32, 32), (64, 32), (96, 32), (64, 64), (160, 32), (96, 64), (32, 96)]
@@ -66,7 +66,7 @@ def test_nothing_is_built_after_an_engine_s_warmup(variant):
     model = fresh(variant, graphs=True, chunk=64)
     rng = random.Random(1)
     sizes = [(32, 32), (64, 32), (96, 32), (64, 64)]
-    with warnings.catch_warnings(), Engine(model, max_rows=3, max_tokens=300, warmup=True) as engine:
+    with warnings.catch_warnings(), Engine(model, max_batch_size=3, max_model_len=300, warmup=True) as engine:
         warnings.simplefilter("error")
         assert engine.warmed.keys() == {"encode", "prefill", "first", "step"}
         answers = []
@@ -89,7 +89,7 @@ def test_the_watch_sees_triton(monkeypatch):
     seen = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **given: seen.append(given))
     model = fresh("d")
-    model.warmup(max_tokens=64)
+    model.warmup(max_model_len=64)
     with pytest.warns(RuntimeWarning, match="Triton compiled a_kernel after warm-up"):
         knobs.runtime.jit_post_compile_hook(fn=SimpleNamespace(name="a_kernel"))
     assert model.compiles_after_warmup == 1 and len(seen) == 1
@@ -123,11 +123,11 @@ def test_deterministic_rows_take_stages_of_their_own():
 def test_a_chunk_at_the_end_of_a_row_leaves_the_next_row_alone():
     """Its padding goes to the spare slots behind the row."""
     model = fresh("d", graphs=True, chunk=32)
-    rows = [model.row(model.prepare("What?", [image]), PARAMS) for image in (LARGE, SMALL)]
+    rows = [model.request(model.prepare("What?", [image]), PARAMS) for image in (LARGE, SMALL)]
     alone = [
         fresh("d").generate("What?", [image], max_new_tokens=12, ignore_eos=True).token_ids for image in (LARGE, SMALL)
     ]
-    batch = model.batch(2, max(row.num_slots for row in rows), 0)
+    batch = model.batch(2, max(row.num_positions for row in rows), 0)
     batch.admit(rows[1])
     while len(rows[1].token_ids) < 3:
         batch.advance()

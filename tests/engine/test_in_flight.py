@@ -35,7 +35,7 @@ def test_rows_join_and_leave_beside_a_step_under_way(variant):
     batch = model.batch(2, 150, 64)
     lengths = [1, 12, 2, 9, 12]
     waiting = [
-        model.row(request, GenerationParams(max_new_tokens=n, ignore_eos=True))
+        model.request(request, GenerationParams(max_new_tokens=n, ignore_eos=True))
         for request, n in zip(requests(model), lengths, strict=True)
     ]
     rows = list(waiting)
@@ -52,19 +52,19 @@ def test_what_is_drawn_behind_an_end_is_dropped(end):
     model, plain = fresh("x", graphs=True, chunk=64), fresh("x", reuse=False)
     ids = plain.generate("Hello", max_new_tokens=12, ignore_eos=True).token_ids
     at = next(i for i in range(2, 10) if ids[i] not in ids[:i])
-    row = model.row(model.prepare("Hello"), PARAMS)
+    row = model.request(model.prepare("Hello"), PARAMS)
     if end == "token":
         row.eos_id = ids[at]
     else:
         stop = model.tokenizer.decode(ids[: at + 1])[-1:]
-        row = model.row(model.prepare("Hello"), GenerationParams(max_new_tokens=12, ignore_eos=True, stop=stop))
+        row = model.request(model.prepare("Hello"), GenerationParams(max_new_tokens=12, ignore_eos=True, stop=stop))
     batch = model.batch(1, 100, 0)
     batch.admit(row)
     while not batch.is_idle:
         batch.advance()
     assert row.finish_reason == "stop" and row.token_ids == ids[: len(row.token_ids)] and 1 < len(row.token_ids) < 12
     prompt = [*row.prepared.input_ids, *row.token_ids, ids[0]]
-    after = model.row(model.prepare(input_ids=prompt), PARAMS)
+    after = model.request(model.prepare(input_ids=prompt), PARAMS)
     batch.admit(after)
     while not batch.is_idle:
         batch.advance()
@@ -74,8 +74,8 @@ def test_what_is_drawn_behind_an_end_is_dropped(end):
 
 def test_a_cancelled_row_s_step_is_nobody_s():
     model, want = fresh("d", graphs=True, chunk=64), answers("d")
-    rows = [model.row(request, PARAMS) for request in requests(model)[:2]]
-    batch = model.batch(1, max(row.num_slots for row in rows), 0)
+    rows = [model.request(request, PARAMS) for request in requests(model)[:2]]
+    batch = model.batch(1, max(row.num_positions for row in rows), 0)
     batch.admit(rows[0])
     while len(rows[0].token_ids) < 3:
         batch.advance()
@@ -89,8 +89,8 @@ def test_a_cancelled_row_s_step_is_nobody_s():
 
 def test_logits_that_are_not_finite_end_their_row_alone(monkeypatch):
     model, want = fresh("d", graphs=True, chunk=64), answers("d")
-    rows = [model.row(request, PARAMS) for request in requests(model)[:2]]
-    batch = model.batch(2, max(row.num_slots for row in rows), 0)
+    rows = [model.request(request, PARAMS) for request in requests(model)[:2]]
+    batch = model.batch(2, max(row.num_positions for row in rows), 0)
     for row in rows:
         batch.admit(row)
     while len(rows[1].token_ids) < 3:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from nvlm_runtime.engine.nvlm import NVLM
-from nvlm_runtime.engine.request import Row
+from nvlm_runtime.engine.request import Request
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.tokenizer import TextStream
@@ -21,7 +21,7 @@ def play(engine, ids, eos_id=-1, limit=None, **params):
     eos_id = engine.tokenizer.eos_id if eos_id == -1 else eos_id
     params = GenerationParams(**params)
     reads = step_bytes(engine.model)
-    row = Row(engine.prepare("Hello?"), params, TextStream(engine.tokenizer), eos_id, limit or len(ids), reads)
+    row = Request(engine.prepare("Hello?"), params, TextStream(engine.tokenizer), eos_id, limit or len(ids), reads)
     pieces = []
     while not row.done:
         pieces.append(row.accept(ids[len(pieces)]))

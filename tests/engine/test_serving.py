@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nvlm_runtime.engine.nvlm import NVLM
-from nvlm_runtime.engine.request import Output, Prepared
+from nvlm_runtime.engine.request import Output, PreparedPrompt
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.serving import Answer, Engine, EngineStopped, QueueFull
 from tests.engine.test_batch import LARGE, SMALL, VARIANTS, fresh
@@ -131,7 +131,7 @@ def test_answers_are_those_of_single_fresh_runs(variant, mode, monkeypatch):
     requests = drawn_requests(VARIANTS.index(variant), 24)
     model = make()
     break_encode(model, monkeypatch)
-    with Engine(model, max_rows=3, max_tokens=300) as engine, ThreadPoolExecutor(6) as clients:
+    with Engine(model, max_batch_size=3, max_model_len=300) as engine, ThreadPoolExecutor(6) as clients:
         futures = [clients.submit(consume, engine, request) for request in requests]
         ends = [future.exception(GUARD) or future.result() for future in futures]
     for (prompt, images, params, cancelled), end in zip(requests, ends, strict=True):
@@ -170,7 +170,7 @@ def test_deterministic_logits_have_the_bits_of_the_single_run(variant, monkeypat
 
     model = fresh(variant, deterministic=True)
     together = watch(model)
-    with Engine(model, max_rows=3, max_tokens=200) as engine:
+    with Engine(model, max_batch_size=3, max_model_len=200) as engine:
         for seed, request in enumerate(requests):
             engine.submit(engine.prepare(*request), GenerationParams(max_new_tokens=9, ignore_eos=True, seed=seed))
     for seed, request in enumerate(requests):
@@ -184,7 +184,7 @@ def test_deterministic_logits_have_the_bits_of_the_single_run(variant, monkeypat
 def test_a_full_line_is_refused_and_empties(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
-    with Engine(model, max_rows=1, max_tokens=200, max_queue=2) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=200, max_queue=2) as engine:
         prepared = engine.prepare("Hello?")
         answers = [engine.submit(prepared, long(3)) for _ in range(3)]
         with pytest.raises(QueueFull, match="^2 requests wait already, and no more may"):
@@ -205,7 +205,7 @@ def test_requests_start_in_the_order_they_came(monkeypatch):
     monkeypatch.setattr(
         model.stages, "first", lambda *args: started.append(int(args[0].sampling.seed[0])) or take(*args)
     )
-    with Engine(model, max_rows=1, max_tokens=200) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=200) as engine:
         prepared = engine.prepare("Hello?")
         answers = [
             engine.submit(prepared, GenerationParams(max_new_tokens=5, ignore_eos=True, seed=i)) for i in range(5)
@@ -226,7 +226,7 @@ def test_rows_decode_while_a_prompt_is_read(monkeypatch):
         monkeypatch.setattr(
             model.stages, stage, lambda *args, s=stage, f=original: (events.append((s, args[1])), f(*args))[1]
         )
-    with Engine(model, max_rows=2, max_tokens=300) as engine:
+    with Engine(model, max_batch_size=2, max_model_len=300) as engine:
         first = engine.submit(engine.prepare("Hello?"), long(60))
         gate.let(1)
         second = engine.submit(engine.prepare("What is it, in all of these many words?", [LARGE]), long(3))
@@ -242,7 +242,7 @@ def test_rows_decode_while_a_prompt_is_read(monkeypatch):
 
 def test_what_can_never_fit_is_refused_at_once():
     model = fresh("x")
-    with Engine(model, max_rows=1, max_tokens=100, max_image_tokens=28) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=100, max_image_tokens=28) as engine:
         with pytest.raises(
             ValueError, match=r"needs \d+ tokens \(\d+ of them its prompt\) .* the engine has 100 and 28"
         ):
@@ -262,7 +262,7 @@ def test_what_can_never_fit_is_refused_at_once():
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"max_rows": 0}, {"max_tokens": 2.5}, {"max_image_tokens": -1}, {"max_queue": True}],
+    [{"max_batch_size": 0}, {"max_model_len": 2.5}, {"max_image_tokens": -1}, {"max_queue": True}],
     ids=lambda sizes: next(iter(sizes)),
 )
 def test_wrong_sizes(sizes):
@@ -272,14 +272,14 @@ def test_wrong_sizes(sizes):
 
 def test_memory_is_refused_before_a_thread_starts():
     with pytest.raises(ValueError, match=r"a batch of \d+ needs [0-9,]+ bytes"):
-        Engine(fresh("x"), max_rows=10**9)
+        Engine(fresh("x"), max_batch_size=10**9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_default_sizes_hold_the_largest_picture(variant):
     model = fresh(variant)
     with Engine(model) as engine:
-        assert engine.max_tokens == model.config.text.context == 512
+        assert engine.max_model_len == model.config.text.context == 512
         assert engine.max_image_tokens == (256 if variant != "d" else 0)
         for size in ((192, 32), (96, 64), (32, 32)):
             assert engine.generate("What is it?", [picture(size)], max_new_tokens=2).token_ids
@@ -295,7 +295,7 @@ def test_the_end_of_the_context_ends_the_answer():
 def test_close_waits_for_every_answer(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
-    engine = Engine(model, max_rows=2, max_tokens=200)
+    engine = Engine(model, max_batch_size=2, max_model_len=200)
     answers = [engine.submit(engine.prepare("Hello?"), long(5)) for _ in range(5)]
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -314,7 +314,7 @@ def test_close_without_waiting_ends_every_request(drains, monkeypatch):
     """Whatever another thread's close waits for."""
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
-    engine = Engine(model, max_rows=2, max_tokens=300)
+    engine = Engine(model, max_batch_size=2, max_model_len=300)
     answers = [engine.submit(engine.prepare("Hello?"), long(200)) for _ in range(5)]
     gate.let(4)
     threads = [threading.Thread(target=engine.close, args=(drain,)) for drain in drains]
@@ -336,7 +336,7 @@ def test_close_without_waiting_ends_every_request(drains, monkeypatch):
 def test_leaving_the_block_by_an_error_does_not_wait(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
-    with pytest.raises(KeyError), Engine(model, max_rows=1, max_tokens=300) as engine:
+    with pytest.raises(KeyError), Engine(model, max_batch_size=1, max_model_len=300) as engine:
         answer = engine.submit(engine.prepare("Hello?"), long(200))
         gate.let(3)
         engine._inbox.put("now")  # what leaving does first; here before the thread may go on
@@ -352,7 +352,7 @@ def test_cancel_frees_the_row(when, monkeypatch):
     """The one row is held in the stage, cancelled there, and answers the next request; what was read stays good."""
     model = fresh("x", chunk=4)
     gate = Gate(model, "prefill" if when == "prefill" else "step", monkeypatch)
-    with Engine(model, max_rows=1, max_tokens=300) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         first = engine.submit(engine.prepare("What is it?", [LARGE]), long(200))
         second = engine.submit(engine.prepare("What is it?", [LARGE]), long(6))
         gate.let(3)
@@ -374,7 +374,7 @@ def test_cancel_frees_the_row(when, monkeypatch):
 def test_a_loop_left_early_frees_its_row_and_a_second_one_begins_anew(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
-    with Engine(model, max_rows=1, max_tokens=300) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         answer = engine.submit(engine.prepare("What is it?", [LARGE]), long(200))
         gate.let(5)
         pieces = iter(answer)
@@ -389,7 +389,7 @@ def test_a_loop_left_early_frees_its_row_and_a_second_one_begins_anew(monkeypatc
 def test_result_gives_up_waiting_and_the_answer_goes_on(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
-    with Engine(model, max_rows=1, max_tokens=300) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         answer = engine.submit(engine.prepare("Hello?"), long(5))
         with pytest.raises(TimeoutError, match="not complete after 0.01 s"):
             answer.result(0.01)
@@ -411,7 +411,7 @@ def test_an_interrupted_consumer_leaves_the_engine_usable(monkeypatch):
     monkeypatch.setattr(model.stages, "step", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell ignores it
     try:
-        with Engine(model, max_rows=1, max_tokens=300) as engine:
+        with Engine(model, max_batch_size=1, max_model_len=300) as engine:
             with pytest.raises(KeyboardInterrupt):
                 engine.generate("What is it?", [LARGE], max_new_tokens=200, ignore_eos=True)
             handled.set()
@@ -438,7 +438,7 @@ def test_a_crash_ends_every_request_and_the_engine(stage, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(model.stages, stage, fail)
-    engine = Engine(model, max_rows=2, max_tokens=200)
+    engine = Engine(model, max_batch_size=2, max_model_len=200)
     prepared = engine.prepare("Hello?")
     answers = [engine.submit(prepared, long(20)) for _ in range(5)]
     streamed = engine.stream("Hello?", max_new_tokens=20, ignore_eos=True)
@@ -458,7 +458,7 @@ def test_a_crash_ends_every_request_and_the_engine(stage, monkeypatch):
     with pytest.raises(EngineStopped, match="MemoryError: no page is left"):
         asyncio.run(collect(streamed))
     engine.close()
-    with Engine(fresh("x"), max_rows=1, max_tokens=200) as other:
+    with Engine(fresh("x"), max_batch_size=1, max_model_len=200) as other:
         assert other.generate("Hello?", max_new_tokens=3).token_ids
 
 
@@ -484,7 +484,7 @@ def test_many_tasks_stream_at_once(variant):
             *(collect(engine.stream(*each, max_new_tokens=12, ignore_eos=True)) for each in asked)
         )
 
-    with Engine(model, max_rows=3, max_tokens=200) as engine:
+    with Engine(model, max_batch_size=3, max_model_len=200) as engine:
         texts = asyncio.run(run(engine))
     assert texts == [alone(variant, *each, count=12, deterministic=True).text for each in asked]
 
@@ -517,7 +517,7 @@ def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
         gate.free()
         return await collect(engine.stream("Hello?", max_new_tokens=5, ignore_eos=True))
 
-    with Engine(model, max_rows=1, max_tokens=300) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         if how != "cancelled":
             gate.permits.release(5)
         if how == "loop closed":
@@ -549,7 +549,7 @@ def test_a_cancelled_loop_over_an_answer(monkeypatch):
         assert done.pop().cancelled()
         return await asyncio.to_thread(answer.result, GUARD)
 
-    with Engine(model, max_rows=1, max_tokens=300) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         out = asyncio.run(run(engine))
     assert out.finish_reason == "cancelled" and len(out.token_ids) == 5
 
@@ -559,7 +559,7 @@ def test_the_model_answers_beside_its_engine(variant):
     """Two batches of one row, stepping in two threads: nothing of a step is shared between them."""
     model = fresh(variant)
     want = [alone(variant, "What is it?", [image], 100).token_ids for image in (LARGE, SMALL)]
-    with Engine(model, max_rows=1, max_tokens=300) as engine:
+    with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         for _ in range(6):
             answer = engine.submit(engine.prepare("What is it?", [LARGE]), long(100))
             beside = model.generate("What is it?", [SMALL], max_new_tokens=100, ignore_eos=True)
@@ -567,10 +567,10 @@ def test_the_model_answers_beside_its_engine(variant):
 
 
 def test_tiles_are_cut_before_a_request_stands_in_line():
-    with Engine(fresh("x"), max_rows=1, max_tokens=200) as engine:
+    with Engine(fresh("x"), max_batch_size=1, max_model_len=200) as engine:
         out = engine.generate("What is it?", [LARGE], max_new_tokens=2)
         prepared = engine.prepare("What is it?", [SMALL])
-    assert isinstance(prepared, Prepared) and prepared.timings["open"] > 0
+    assert isinstance(prepared, PreparedPrompt) and prepared.timings["open"] > 0
     assert list(out.timings) == ["queue", "open", "tile", "encode", "project", "prefill", "decode", "total"]
 
 

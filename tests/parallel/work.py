@@ -42,7 +42,7 @@ def gradients(folder: Path, group: Group = SOLO) -> tuple[dict[str, Tensor], dic
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     found: dict[str, Tensor] = {}
     for _ in range(2):
-        features = model.encode(prepared.pictures[0].pixel_values.double())
+        features = model.encode(prepared.images[0].pixel_values.double())
         hidden = model(ids, [prepared.layout], [features])
         loss = F.cross_entropy(model.language_model.logits(hidden)[0, :-1], ids[0, 1:])
         optimizer.zero_grad()
