@@ -493,8 +493,8 @@ def test_many_tasks_stream_at_once(variant):
 def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
     model = fresh("x")
     gate, rows = Gate(model, "step", monkeypatch), []
-    make = model.row
-    monkeypatch.setattr(model, "row", lambda *args: rows.append(make(*args)) or rows[-1])
+    make = model.request
+    monkeypatch.setattr(model, "request", lambda *args: rows.append(make(*args)) or rows[-1])
 
     async def leave(engine):
         stream = engine.stream("What is it?", [LARGE], max_new_tokens=200, ignore_eos=True)
