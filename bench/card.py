@@ -16,7 +16,7 @@ from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.engine.slots import cache_bytes
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.image import TilePlan
-from nvlm_runtime.inputs.layout import cross_pieces
+from nvlm_runtime.inputs.layout import num_image_keys
 from nvlm_runtime.inputs.prompt import tag_ids
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.model.model import NVLMModel
@@ -47,8 +47,7 @@ def image_key_bytes(config: NVLMConfig, tokenizer: Tokenizer, plan: TilePlan, dt
     """Of one image's keys and values in the gated layers; 0 in NVLM-D."""
     if config.cross is None:
         return 0
-    pieces = cross_pieces(config, plan.num_tiles, tag_ids(tokenizer, plan, config))
-    keys = sum(config.tokens_per_tile if isinstance(piece, int) else len(piece) for piece in pieces)
+    keys = num_image_keys(config, [len(tag) for tag in tag_ids(tokenizer, plan, config)])
     return cache_bytes(config, 1, 0, keys, dtype) - cache_bytes(config, 1, 0, 0, dtype)
 
 

@@ -66,16 +66,16 @@ def look(model: NVLM, input_ids: Sequence[int], images: Sequence[Any], first: in
     for image in prepared.layout.images:
         weights = torch.zeros(num_tokens, image.num_tiles, len(place))
         at = image.keys[0]
-        for piece in image.cross:
+        for piece in image.key_sources:
             length = len(place) if isinstance(piece, int) else len(piece)
             if isinstance(piece, int):
                 weights[:, piece, place] = crossed[:, at : at + length]
             at += length
-        for number, tile in enumerate(image.slot_tiles):
-            slots = image.slots[number * len(place) : (number + 1) * len(place)]
+        for number, tile in enumerate(image.placeholder_tiles):
+            slots = image.placeholders[number * len(place) : (number + 1) * len(place)]
             weights[:, tile, place] = own[:, list(slots)]
         parts.append(weights)
-        in_decoder.append(tuple(tile in image.slot_tiles for tile in range(image.num_tiles)))
+        in_decoder.append(tuple(tile in image.placeholder_tiles for tile in range(image.num_tiles)))
     weights, held = torch.cat(parts, dim=1), torch.tensor([tile for tiles in in_decoder for tile in tiles])
     decoder_share = weights[:, held].sum((1, 2))
     for group in (held, ~held):

@@ -168,9 +168,9 @@ class Batch:
                 handle = self.encoder.handle(picture, image, row.timings)
                 if image.keys[1] > image.keys[0]:
                     write_cross(slots, slot, image.keys[0], self.encoder.keys_values(handle, image))
-            where += image.slots
-            if image.slots:
-                tokens.append(handle.tokens[list(image.slot_tiles)].flatten(0, 1))
+            where += image.placeholders
+            if image.placeholders:
+                tokens.append(handle.tokens[list(image.placeholder_tiles)].flatten(0, 1))
             yield
         began = time.perf_counter()
         positions = torch.tensor(where, dtype=torch.int64, device=device)

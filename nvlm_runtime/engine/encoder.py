@@ -53,7 +53,7 @@ class ImageEncoder:
 
     def keys_values(self, handle: ImageHandle, image: ImageLayout) -> CrossKV:
         """A handle's keys and values where the layout has put them: their positions may count from another image's."""
-        if image.place == 0 or self.model.config.cross.positions == "none":
+        if image.first_key_position == 0 or self.model.config.cross.positions == "none":
             return handle.kv
         return self._keys_values(handle.tokens, image)
 
@@ -69,7 +69,7 @@ class ImageEncoder:
         self._wait(features.patches)
         times.append(time.perf_counter())
         tokens = self.stages.project(features)
-        kv = self._keys_values(tokens, replace(image, place=0)) if self.model.config.cross else None
+        kv = self._keys_values(tokens, replace(image, first_key_position=0)) if self.model.config.cross else None
         self._wait(tokens)
         times.append(time.perf_counter())
         for stage, began, ended in zip(("tile", "encode", "project"), times, times[1:]):
@@ -84,14 +84,14 @@ class ImageEncoder:
         if image_embeds.shape != shape:
             raise ValueError(f"image_embeds must be [N, P, C] = {list(shape)}, got {list(image_embeds.shape)}")
         tokens = image_embeds.to(weight.device, weight.dtype)
-        kv = self._keys_values(tokens, replace(image, place=0)) if config.cross else None
+        kv = self._keys_values(tokens, replace(image, first_key_position=0)) if config.cross else None
         raw = tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         return ImageHandle(plan, image_key(raw, plan), self.fingerprint, tokens, kv)
 
     def _keys_values(self, tokens: torch.Tensor, image: ImageLayout) -> CrossKV:
         with record_function("nvlm.project"):
             embeds = self.model.key_embeds(image, tokens)[None]
-            return self.model.language_model.cross_kv(embeds, image.places.to(embeds.device))
+            return self.model.language_model.cross_kv(embeds, image.key_positions.to(embeds.device))
 
     @staticmethod
     def _wait(tensor: torch.Tensor) -> None:

@@ -34,8 +34,8 @@ from nvlm_runtime.engine.slots import Slots
 from nvlm_runtime.engine.stages import Stages
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
-from nvlm_runtime.inputs.layout import ImageLayout, make_layout
-from nvlm_runtime.inputs.prompt import build_prompt, find_blocks, tag_ids
+from nvlm_runtime.inputs.layout import image_layout, layout_prompt, max_image_keys
+from nvlm_runtime.inputs.prompt import build_prompt, read_prompt
 from nvlm_runtime.inputs.template import ChatTemplate
 from nvlm_runtime.inputs.tokenizer import TextStream, Tokenizer
 from nvlm_runtime.model.adapter import AdaptedLinear
@@ -252,15 +252,14 @@ class NVLM:
         if input_ids is None:
             messages = [{"role": "user", "content": prompt}] if messages is None else messages
             built = build_prompt(self.tokenizer, config, messages, plans, style=style, template=self.template)
-            ids, blocks = built.input_ids, built.blocks
         else:
-            ids = check_ids(input_ids, config.text.vocab_size)
-            blocks = find_blocks(self.tokenizer, config, ids, plans)
+            built = read_prompt(self.tokenizer, config, check_ids(input_ids, config.text.vocab_size), plans)
+        ids = built.input_ids
         if len(ids) > config.text.context:
             raise ValueError(f"the prompt has {len(ids)} tokens, the context of this model {config.text.context}")
-        tags = [tag_ids(self.tokenizer, plan, config) for plan in plans]
-        layout = make_layout(config, len(ids), blocks, plans, tags)
-        return PreparedPrompt(ids, layout, pictures, {"queue": 0.0, "open": opened})
+        return PreparedPrompt(
+            ids, layout_prompt(self.tokenizer, config, built, plans), pictures, {"queue": 0.0, "open": opened}
+        )
 
     def _picture(self, source: Any) -> ImageInput:
         """Opens and names a picture; its tiles are cut in a thread, unless its handle is there already."""
@@ -279,7 +278,9 @@ class NVLM:
     def encode_image(self, source: Any) -> ImageHandle:
         """What the decoder needs of a picture, to be given to any prompt in the picture's place."""
         picture = self._picture(source)
-        return self.encoder.handle(picture, self._lone_layout(picture.plan), dict.fromkeys(PHASES, 0.0))
+        return self.encoder.handle(
+            picture, image_layout(self.tokenizer, self.config, picture.plan), dict.fromkeys(PHASES, 0.0)
+        )
 
     def handle_from_embeds(self, image_embeds: Tensor, width: int, height: int) -> ImageHandle:
         """A handle of image tokens [N, P, C] computed elsewhere, thumbnail last, of a picture of width x height pixels.
@@ -288,13 +289,7 @@ class NVLM:
         """
         config = self.config
         plan = plan_tiles(width, height, config.vision.image_size, config.min_tiles, config.max_tiles)
-        return self.encoder.from_embeds(image_embeds, plan, self._lone_layout(plan))
-
-    def _lone_layout(self, plan: TilePlan) -> ImageLayout:
-        """A picture as the only one of a prompt."""
-        built = build_prompt(self.tokenizer, self.config, [{"role": "user", "content": "<image>"}], [plan])
-        tags = [tag_ids(self.tokenizer, plan, self.config)]
-        return make_layout(self.config, len(built.input_ids), built.blocks, [plan], tags).images[0]
+        return self.encoder.from_embeds(image_embeds, plan, image_layout(self.tokenizer, self.config, plan))
 
     def generate(
         self,
@@ -437,7 +432,7 @@ class NVLM:
     @property
     def max_image_keys(self) -> int:
         """Image keys of the picture that has most of them; 0 in NVLM-D."""
-        return max(self._lone_layout(plan).keys[1] for plan in self._plans())
+        return max_image_keys(self.tokenizer, self.config)
 
     def _plans(self) -> list[TilePlan]:
         """One of every grid."""

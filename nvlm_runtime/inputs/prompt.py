@@ -39,7 +39,7 @@ class TileSpan:
     """Half-open spans of one tile in input_ids; empty where the decoder has no tag, or no slots, of it."""
 
     tag: Span
-    slots: Span
+    placeholders: Span
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def tile_tags(plan: "TilePlan", tag_format: TagFormat, thumbnail_tag: str) -> tu
     The paper gives "bbox" corners (left, top), (right, bottom) but no unit and no thumbnail: tile units and the
     thumbnail tag are our proposal.
     """
-    return _grid_tags(plan.cols, plan.rows, tag_format, thumbnail_tag)
+    return grid_tags(plan.cols, plan.rows, tag_format, thumbnail_tag)
 
 
-def _grid_tags(cols: int, rows: int, tag_format: TagFormat, thumbnail_tag: str) -> tuple[str, ...]:
+def grid_tags(cols: int, rows: int, tag_format: TagFormat, thumbnail_tag: str) -> tuple[str, ...]:
     cells = [(x, y) for y in range(rows) for x in range(cols)]
     if len(cells) == 1:
         cells = []
@@ -174,19 +174,28 @@ def _write_template(
                     writer.put((part,))
 
 
-def find_blocks(
+def read_prompt(
     tokenizer: Tokenizer, config: NVLMConfig, input_ids: Sequence[int], plans: Sequence["TilePlan"]
-) -> tuple[ImageBlock, ...]:
-    """The blocks of ids that hold their tags and slots already, one a plan, in order.
+) -> Prompt:
+    """Finds the images in token ids that hold their tags and placeholders already.
 
-    D and H are found by their slots, which text cannot forge; a tile of D that does not follow its tag has an empty
-    tag span. X is found by its tags, tokenised alone, between the text `<Image>` and `</Image>`. ValueError if the ids
-    hold more or fewer slots than the plans need, slots of a tile apart, or, in X, other tags than the plans'.
+    NVLM-D and NVLM-H are found by their placeholders, which text cannot forge; a tile of NVLM-D that does not follow
+    its tag gets an empty tag span. NVLM-X is found by its tags, tokenised alone, between the texts `<Image>` and
+    `</Image>`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        config: the model's configuration.
+        input_ids: token ids, used as they are.
+        plans: one plan per image, in order.
+
+    Raises:
+        ValueError: the ids hold more or fewer placeholders than the plans need, the placeholders of a tile are not
+            together, or, in NVLM-X, the tags are not those of the plans.
     """
     ids = list(input_ids)
-    if config.routing.decoder == "none":
-        return _find_tag_blocks(tokenizer, config, ids, plans)
-    return _find_slot_blocks(tokenizer, config, ids, plans)
+    find = _find_tag_blocks if config.routing.decoder == "none" else _find_placeholder_blocks
+    return Prompt(tuple(ids), find(tokenizer, config, ids, plans))
 
 
 class _Writer:
@@ -230,7 +239,7 @@ class _Writer:
 
 
 def _block(tiles: Sequence[TileSpan]) -> ImageBlock:
-    return ImageBlock(tiles[0].tag[0], tiles[-1].slots[1], tuple(tiles))
+    return ImageBlock(tiles[0].tag[0], tiles[-1].placeholders[1], tuple(tiles))
 
 
 def _first_with_slots(config: NVLMConfig, plan: "TilePlan") -> int:
@@ -246,7 +255,7 @@ def _slots(tokenizer: Tokenizer, config: NVLMConfig) -> tuple[int, ...]:
     return (tokenizer.special("<|vision_pad|>"),) * config.tokens_per_tile
 
 
-def _find_slot_blocks(
+def _find_placeholder_blocks(
     tokenizer: Tokenizer, config: NVLMConfig, ids: list[int], plans: Sequence["TilePlan"]
 ) -> tuple[ImageBlock, ...]:
     size, pad = config.tokens_per_tile, tokenizer.special("<|vision_pad|>")
@@ -276,7 +285,7 @@ def _find_tag_blocks(
 ) -> tuple[ImageBlock, ...]:
     grids = {(c, r) for c in range(1, config.max_tiles + 1) for r in range(1, config.max_tiles // c + 1)}
     grids |= {(plan.cols, plan.rows) for plan in plans}
-    known = [_grid_tags(*grid, config.tile_tags, config.thumbnail_tag) for grid in sorted(grids)]
+    known = [grid_tags(*grid, config.tile_tags, config.thumbnail_tag) for grid in sorted(grids)]
     runs = {_run([tokenizer.encode(tag) for tag in tags]) for tags in known}
     after_open = [i for i in range(len(ids) + 1) if tokenizer.decode(ids[max(0, i - len(OPEN)) : i]).endswith(OPEN)]
     found = [(start, run) for start in after_open for run in runs if _stands_at(tokenizer, ids, start, run)]

@@ -95,10 +95,10 @@ class NVLMModel(nn.Module):
         rows, positions, tokens = [], [], []
         for row, (layout, images) in enumerate(zip(layouts, image_tokens, strict=True)):
             for image, tiles in zip(layout.images, images, strict=True):
-                if image.slots or not image.cross:  # one that nobody sees has a gradient all the same
-                    rows += [row] * len(image.slots)
-                    positions += image.slots
-                    tokens.append(tiles[list(image.slot_tiles)].flatten(0, 1))
+                if image.placeholders or not image.key_sources:  # one that nobody sees has a gradient all the same
+                    rows += [row] * len(image.placeholders)
+                    positions += image.placeholders
+                    tokens.append(tiles[list(image.placeholder_tiles)].flatten(0, 1))
         if not tokens:  # NVLM-X's text has no gradient from here then, where the embedding does not learn
             return x
         where = [torch.tensor(side, dtype=torch.int64, device=x.device) for side in (rows, positions)]
@@ -107,7 +107,7 @@ class NVLMModel(nn.Module):
     def key_embeds(self, image: ImageLayout, tiles: Tensor) -> Tensor:
         """The inputs [S, C] of an image's keys and values: tiles [N, P, C] and, in NVLM-H, their tags' embeddings."""
         pieces = [tiles.new_zeros(0, self.config.text.hidden_size)]
-        for piece in image.cross:
+        for piece in image.key_sources:
             if isinstance(piece, int):
                 pieces.append(tiles[piece])
             else:
@@ -127,7 +127,7 @@ class NVLMModel(nn.Module):
             for layout, images in zip(layouts, image_tokens, strict=True)
         ]
         places = [
-            torch.cat([torch.zeros(0, dtype=torch.int64), *(image.places for image in layout.images)])
+            torch.cat([torch.zeros(0, dtype=torch.int64), *(image.key_positions for image in layout.images)])
             for layout in layouts
         ]
         # [B, S, C] and [B, S]; nothing sees the padding

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.inputs.image import TilePlan, open_image, plan_tiles, tile_pixels
-from nvlm_runtime.inputs.layout import Layout, make_layout
-from nvlm_runtime.inputs.prompt import build_prompt, tag_ids
+from nvlm_runtime.inputs.layout import Layout, layout_prompt
+from nvlm_runtime.inputs.prompt import build_prompt
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.training.rows import BadRow, DataRow
 
@@ -72,8 +72,7 @@ def make_document(
     labels = [IGNORE] * len(ids)
     for start, end in prompt.answers:
         labels[start:end] = ids[start:end]
-    tags = [tag_ids(tokenizer, plan, config) for plan in plans]
-    layout = make_layout(config, len(ids) - 1, prompt.blocks, plans, tags)
+    layout = layout_prompt(tokenizer, config, prompt, plans).truncate(len(ids) - 1)
     images = tuple(zip(row.images, plans, strict=True))
     return Document(ids[:-1], tuple(labels[1:]), layout, images, task, row.where)
 

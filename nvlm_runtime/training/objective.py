@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nvlm_runtime.inputs.layout import ImageLayout, Layout, cross_pieces
+from nvlm_runtime.inputs.layout import Layout, unseen_image
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.flops import tower_learns
@@ -53,11 +53,7 @@ def with_unseen_picture(model: NVLMModel, batch: Packed) -> Packed:
     """
     if any(layout.images for layout in batch.layouts):
         return batch
-    config = model.config
-    cross = (0,) if cross_pieces(config, 2, ((), ())) else ()
-    length = len(cross) * config.tokens_per_tile
-    image = ImageLayout(1, (0, 0), (), (), cross, (0, length), 0)
-    size = config.vision.image_size
+    image, size = unseen_image(model.config), model.config.vision.image_size
     return replace(
         batch,
         layouts=(Layout((image,), batch.layouts[0].intervals), *batch.layouts[1:]),

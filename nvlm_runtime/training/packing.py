@@ -7,13 +7,13 @@ sees of all their keys; `documents` says what it sees of the row.
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.inputs.layout import Layout
+from nvlm_runtime.inputs.layout import Layout, pack_layouts
 from nvlm_runtime.training.documents import IGNORE, Document
 
 Span = tuple[int, int]
@@ -60,27 +60,6 @@ def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def join_layouts(layouts: Sequence[Layout], lengths: Sequence[int]) -> Layout:
-    """The layout of documents laid end to end: slots, spans, keys and intervals move up by what stands before them.
-
-    Places of image keys are left as they are: a document's positions count from its own first.
-    """
-    images, intervals, at, key = [], [], 0, 0
-    for layout, length in zip(layouts, lengths, strict=True):
-        for image in layout.images:
-            images.append(
-                replace(
-                    image,
-                    span=(image.span[0] + at, image.span[1] + at),
-                    slots=tuple(slot + at for slot in image.slots),
-                    keys=(image.keys[0] + key, image.keys[1] + key),
-                )
-            )
-        intervals.append(layout.intervals + key)
-        at, key = at + length, key + layout.cross_length
-    return Layout(tuple(images), torch.cat(intervals))
-
-
 def pack(
     rows: Sequence[Sequence[tuple[Document, "Future[Tensor] | None"]]], config: NVLMConfig, length: int | None = None
 ) -> Packed:
@@ -103,6 +82,6 @@ def pack(
                 tiles.append(future.result())
         spans.append(tuple(found))
         pixel_values.append(torch.cat(tiles))
-    layouts = (join_layouts([d.layout for d, _ in row], [len(d) for d, _ in row]) for row in rows)
+    layouts = (pack_layouts([document.layout for document, _ in row]) for row in rows)
     tasks = (tuple(document.task for document, _ in row) for row in rows)
     return Packed(ids, labels, tuple(spans), tuple(layouts), tuple(pixel_values), tuple(tasks))

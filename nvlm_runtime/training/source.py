@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig
+from nvlm_runtime.inputs.layout import shuffle_tiles
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.training.documents import Document, Log, make_document
 from nvlm_runtime.training.packing import Packed, fill_rows, pack
 from nvlm_runtime.training.rows import BadRow, JsonLines
-from nvlm_runtime.training.shuffle import shuffle_tiles
 
 AHEAD = 2  # batches that wait for the step
 THREADS = 2  # that cut tiles; one more makes batches of them

@@ -88,7 +88,7 @@ def test_cross_attention_is_the_softmax_written_out(variant):
     total = total[len(prompt.input_ids) - 1 : -1] / len(inputs)
     image, tokens, at = prompt.layout.images[0], model.config.tokens_per_tile, 0
     kept = []
-    for piece in image.cross:  # NVLM-H's tags are keys too, and no image
+    for piece in image.key_sources:  # NVLM-H's tags are keys too, and no image
         length = tokens if isinstance(piece, int) else len(piece)
         if isinstance(piece, int):
             kept.append(total[:, at : at + length])
@@ -119,7 +119,7 @@ def test_the_decoder_s_weights_are_transformers():
     with torch.inference_mode():
         weights = theirs.model(inputs_embeds=x, output_attentions=True).attentions
     mean = torch.stack(weights).mean((0, 2))[0, len(prompt.input_ids) - 1 : -1]
-    slots = mean[:, list(prompt.layout.images[0].slots)]
+    slots = mean[:, list(prompt.layout.images[0].placeholders)]
     torch.testing.assert_close(found.decoder_share, slots.sum(-1), rtol=1e-4, atol=1e-5)
     want = (slots / slots.sum(-1, keepdim=True)).unflatten(-1, (-1, config.tokens_per_tile))
     got = found.images[0].weights.flatten(2)[..., _places(config)]

@@ -204,5 +204,5 @@ def test_conversation_goes_on(engine):
     first = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]}
     turns = [first, {"role": "assistant", "content": "A <image>"}, {"role": "user", "content": "And?"}]
     prepared = engine.prepare(messages=turns, images=[IMAGE])
-    assert len(prepared.layout.images[0].slots) == 28
+    assert len(prepared.layout.images[0].placeholders) == 28
     assert engine.tokenizer.decode(prepared.input_ids).endswith("A <image>user\nAnd?assistant\n")

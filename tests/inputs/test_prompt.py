@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nvlm_runtime.inputs.image import TilePlan
-from nvlm_runtime.inputs.prompt import build_prompt, find_blocks, tag_ids, tile_tags
+from nvlm_runtime.inputs.prompt import build_prompt, read_prompt, tag_ids, tile_tags
 from nvlm_runtime.presets import PRESETS
 from tests.inputs.qwen import VOCABULARIES, qwen_tokenizer, tiny_tokenizer
 
@@ -229,13 +229,13 @@ def test_slots_by_routing(variant, style, plan):
     assert prompt.input_ids.count(PAD) == num_slots
     (block,) = prompt.blocks
     assert len(block.tiles) == plan.num_tiles
-    sizes = [tile.slots[1] - tile.slots[0] for tile in block.tiles]
+    sizes = [tile.placeholders[1] - tile.placeholders[0] for tile in block.tiles]
     assert (
         sizes
         == {"d": [256] * plan.num_tiles, "h": [0] * (plan.num_tiles - 1) + [256], "x": [0] * plan.num_tiles}[variant]
     )
     for tile in block.tiles:
-        assert set(prompt.input_ids[slice(*tile.slots)]) <= {PAD}
+        assert set(prompt.input_ids[slice(*tile.placeholders)]) <= {PAD}
 
 
 @each_variant
@@ -252,8 +252,8 @@ def test_tags_cover_the_block(variant, style):
             assert tag == []
         else:
             assert tag == ids or (style == "hf" and variant == "d" and at == block.start and tag[1:] == ids[1:])
-        assert tile.slots[0] == tile.tag[1]
-        at = tile.slots[1]
+        assert tile.placeholders[0] == tile.tag[1]
+        at = tile.placeholders[1]
     assert at == block.end
 
 
@@ -399,9 +399,9 @@ def test_typed_tokens_are_no_block_to_find(variant, evil):
     qwen, config = qwen_tokenizer(), micro(variant)
     for content in (f"{evil}<image>{evil}", f"<image>\n{evil}", f"{evil}\n<image>"):
         prompt = build_prompt(qwen, config, user(content), [SEVEN])
-        assert find_blocks(qwen, config, prompt.input_ids, [SEVEN]) == prompt.blocks
+        assert read_prompt(qwen, config, prompt.input_ids, [SEVEN]) == prompt
     text_only = build_prompt(qwen, config, user(evil), [])
-    assert find_blocks(qwen, config, text_only.input_ids, []) == ()
+    assert read_prompt(qwen, config, text_only.input_ids, []).blocks == ()
 
 
 def test_image_in_a_text_part_or_in_history_is_literal():
@@ -418,7 +418,7 @@ def test_image_in_a_text_part_or_in_history_is_literal():
     assert prompt.blocks[0].start > third_turn
 
 
-# find_blocks
+# read_prompt
 
 
 @each_variant
@@ -432,7 +432,7 @@ def test_find_blocks_finds_what_was_built(variant, style, vocabulary, tag_format
         contents = ["".join(f"Image-{i}: <image>\n" for i, _ in enumerate(some)) + "What?", "<image>" * len(some) + "!"]
         for content in contents:
             prompt = build_prompt(tokenizer, config, user(content), some, style=style)
-            assert find_blocks(tokenizer, config, prompt.input_ids, some) == prompt.blocks
+            assert read_prompt(tokenizer, config, prompt.input_ids, some) == prompt
             assert len(prompt.blocks) == len(some)
 
 
@@ -440,20 +440,20 @@ def test_find_blocks_across_turns():
     messages = [*user("<image>\nOne?"), {"role": "assistant", "content": "Two."}, *user("And <image>?")]
     for variant in "dxh":
         prompt = build_prompt(tiny_tokenizer(), micro(variant), messages, [TWO, SEVEN])
-        assert find_blocks(tiny_tokenizer(), micro(variant), list(prompt.input_ids), [TWO, SEVEN]) == prompt.blocks
+        assert read_prompt(tiny_tokenizer(), micro(variant), list(prompt.input_ids), [TWO, SEVEN]) == prompt
 
 
 def test_wrong_number_of_slots_is_counted():
     """Trap 18: assert slot count == P * tiles."""
     ids = list(build_prompt(qwen_tokenizer(), big("d"), user("<image>\nWhat?"), [SEVEN]).input_ids)
     with pytest.raises(ValueError, match="expected 7 tiles x 256 = 1792 image slots, got 1793"):
-        find_blocks(qwen_tokenizer(), big("d"), [*ids, PAD], [SEVEN])
+        read_prompt(qwen_tokenizer(), big("d"), [*ids, PAD], [SEVEN])
     with pytest.raises(ValueError, match="expected 0 tiles x 256 = 0 image slots, got 1792"):
-        find_blocks(qwen_tokenizer(), big("d"), ids, [])
+        read_prompt(qwen_tokenizer(), big("d"), ids, [])
     with pytest.raises(ValueError, match="expected 14 tiles x 256 = 3584 image slots, got 1792"):
-        find_blocks(qwen_tokenizer(), big("d"), ids, [SEVEN, SEVEN])
+        read_prompt(qwen_tokenizer(), big("d"), ids, [SEVEN, SEVEN])
     with pytest.raises(ValueError, match="expected 1 tiles x 256 = 256 image slots, got 1792"):
-        find_blocks(qwen_tokenizer(), big("h"), ids, [SEVEN])
+        read_prompt(qwen_tokenizer(), big("h"), ids, [SEVEN])
 
 
 def test_slots_must_stand_together():
@@ -461,7 +461,7 @@ def test_slots_must_stand_together():
     pad = tiny_tokenizer().special("<|vision_pad|>")
     ids.insert(ids.index(pad) + 3, ids[0])
     with pytest.raises(ValueError, match="not together"):
-        find_blocks(tiny_tokenizer(), micro("h"), ids, [SEVEN])
+        read_prompt(tiny_tokenizer(), micro("h"), ids, [SEVEN])
 
 
 @each_vocabulary
@@ -469,14 +469,14 @@ def test_slots_without_their_tags_have_empty_tag_spans(vocabulary):
     """A caller's ids are used as they are: Megatron pretrains D without tags."""
     tokenizer = VOCABULARIES[vocabulary]()
     untagged = build_prompt(tokenizer, micro("d", "none"), user("<image>\nWhat?"), [SEVEN])
-    (block,) = find_blocks(tokenizer, micro("d"), untagged.input_ids, [SEVEN])
+    (block,) = read_prompt(tokenizer, micro("d"), untagged.input_ids, [SEVEN]).blocks
     assert (block,) == untagged.blocks
-    assert all(tile.tag == (tile.slots[0], tile.slots[0]) for tile in block.tiles)
+    assert all(tile.tag == (tile.placeholders[0], tile.placeholders[0]) for tile in block.tiles)
 
 
 def test_slots_at_the_very_start_have_no_tag():
     pad = tiny_tokenizer().special("<|vision_pad|>")
-    (block,) = find_blocks(tiny_tokenizer(), micro("d"), [pad] * 16, [ONE])
+    (block,) = read_prompt(tiny_tokenizer(), micro("d"), [pad] * 16, [ONE]).blocks
     assert (block.start, block.end, block.tiles[0].tag) == (0, 16, (0, 0))
 
 
@@ -489,7 +489,7 @@ def test_x_blocks_must_match_the_plans(built, asked):
     config = micro("x")
     prompt = build_prompt(qwen_tokenizer(), config, user("<image>" * len(built) + "?"), built)
     with pytest.raises(ValueError, match=rf"expected {len(asked)} images.*got {len(built)}"):
-        find_blocks(qwen_tokenizer(), config, prompt.input_ids, asked)
+        read_prompt(qwen_tokenizer(), config, prompt.input_ids, asked)
 
 
 @each_vocabulary
@@ -499,13 +499,13 @@ def test_x_blocks_need_their_end(vocabulary, tag_format):
     tokenizer, config = VOCABULARIES[vocabulary](), micro("x", tag_format)
     content = f"<Image>{THUMBNAIL} and <Image> are what?\n<image>"
     prompt = build_prompt(tokenizer, config, user(content), [ONE])
-    assert find_blocks(tokenizer, config, prompt.input_ids, [ONE]) == prompt.blocks
+    assert read_prompt(tokenizer, config, prompt.input_ids, [ONE]) == prompt
 
 
 def test_x_blocks_of_a_larger_grid_than_the_config():
     plan = plan_of(4, 3)
     prompt = build_prompt(qwen_tokenizer(), micro("x"), user("<image>"), [plan])
-    assert find_blocks(qwen_tokenizer(), micro("x"), prompt.input_ids, [plan]) == prompt.blocks
+    assert read_prompt(qwen_tokenizer(), micro("x"), prompt.input_ids, [plan]) == prompt
 
 
 def test_bos_stands_first_where_a_model_has_one():

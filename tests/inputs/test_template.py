@@ -15,7 +15,7 @@ from nvlm_runtime.checkpoint.bundled import BUNDLED
 from nvlm_runtime.checkpoint.weights import save
 from nvlm_runtime.commands.cli import main
 from nvlm_runtime.engine.nvlm import NVLM
-from nvlm_runtime.inputs.prompt import build_prompt, find_blocks
+from nvlm_runtime.inputs.prompt import build_prompt, read_prompt
 from nvlm_runtime.inputs.template import CONFIG_FILE, JINJA_FILE, JSON_FILE, MAX_WRITTEN, ChatTemplate
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from tests.inputs.qwen import VOCABULARIES, qwen_tokenizer, tiny_tokenizer
@@ -165,7 +165,7 @@ def test_pictures_are_written_as_in_hf(variant, content):
         got = rendered(template, user(content), plans, config=big(variant))
         assert got == build_prompt(qwen_tokenizer(), big(variant), user(content), plans)
         assert len(got.blocks) == len(plans)
-        assert find_blocks(qwen_tokenizer(), big(variant), got.input_ids, plans) == got.blocks
+        assert read_prompt(qwen_tokenizer(), big(variant), got.input_ids, plans) == got
 
 
 @each_variant

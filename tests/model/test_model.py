@@ -8,7 +8,7 @@ from PIL import Image
 
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.engine.sampling import GenerationParams
-from nvlm_runtime.inputs.prompt import find_blocks
+from nvlm_runtime.inputs.prompt import read_prompt
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
@@ -112,7 +112,7 @@ def test_pixels_never_change_what_stands_before_them(variant):
     first, second = picture((96, 64)), picture((64, 64), 1)
     ids = model.prepare(prompt, [first, second]).input_ids
     plans = model.prepare(prompt, [first, second]).plans
-    starts = [block.start for block in find_blocks(model.tokenizer, model.config, ids, plans)]
+    starts = [block.start for block in read_prompt(model.tokenizer, model.config, ids, plans).blocks]
     base = model.logits(ids, [first, second])
     for start, other in zip(starts, ([picture((96, 64), 3), second], [first, picture((64, 64), 2)]), strict=True):
         changed = model.logits(ids, other)
@@ -146,9 +146,14 @@ def test_h_puts_tags_beside_regular_tiles_and_the_thumbnail_into_the_decoder():
     layout, per_tile = prepared.layout, model.config.tokens_per_tile
     tags = [tuple(model.tokenizer.encode(f"<tile_{k}>")) for k in range(1, 7)]
     large, small = layout.images
-    assert large.cross == tuple(piece for tile, tag in enumerate(tags) for piece in (tag, tile)) and small.cross == ()
-    assert large.slot_tiles == (6,) and small.slot_tiles == (0,), "a one-tile picture is its own thumbnail"
-    assert len(large.slots) == len(small.slots) == per_tile
+    assert (
+        large.key_sources == tuple(piece for tile, tag in enumerate(tags) for piece in (tag, tile))
+        and small.key_sources == ()
+    )
+    assert large.placeholder_tiles == (6,) and small.placeholder_tiles == (0,), (
+        "a one-tile picture is its own thumbnail"
+    )
+    assert len(large.placeholders) == len(small.placeholders) == per_tile
     assert layout.cross_length == sum(map(len, tags)) + 6 * per_tile
     one = model.prepare("What is it?", [picture((32, 32))])
     assert one.layout.cross_length == 0

@@ -3,8 +3,8 @@ LAYOUT, CROSS, MODEL = "nvlm_runtime/inputs/layout.py", "nvlm_runtime/model/cros
 MUTATIONS = [
     (
         LAYOUT,
-        "tag_spans.append((*block.tiles[piece].tag, first, end))",
-        "tag_spans.append((block.tiles[piece].tag[0], block.tiles[piece].tag[0] + 1, first, end))",
+        "tag_spans.append((*block.tiles[source].tag, start, end_key))",
+        "tag_spans.append((block.tiles[source].tag[0], block.tiles[source].tag[0] + 1, start, end_key))",
         "trap 28: only a tag's first token sees its tile alone",
     ),
     (LAYOUT, "return 0, self.cross_length", "return 0, 0", "trap 28: what is generated sees no image"),
@@ -20,8 +20,8 @@ MUTATIONS = [
         "pieces.append(self.language_model.embed_tokens(torch.tensor(piece, device=tiles.device)).detach())",
         "trap 29: tags in the keys have no gradient",
     ),
-    (LAYOUT, 'if routing.tags == "cross" and tags[tile]:', "if False:", "trap 29: no tags in the keys"),
-    (LAYOUT, 'or (routing.cross == "regular" and is_thumbnail)', "", "NVLM-H's thumbnail is in the keys too"),
+    (LAYOUT, 'if config.routing.tags == "cross" and tags[tile]:', "if False:", "trap 29: no tags in the keys"),
+    (LAYOUT, '"regular": range(num_tiles - 1)', '"regular": range(num_tiles)', "NVLM-H's thumbnail is in the keys too"),
     (
         CROSS,
         "self.gate = nn.Parameter(torch.zeros(1))",
@@ -42,8 +42,8 @@ MUTATIONS = [
     ),
     (
         MODEL,
-        "tokens.append(tiles[list(image.slot_tiles)].flatten(0, 1))",
-        "tokens.append(tiles[list(image.slot_tiles)[::-1]].flatten(0, 1))",
+        "tokens.append(tiles[list(image.placeholder_tiles)].flatten(0, 1))",
+        "tokens.append(tiles[list(image.placeholder_tiles)[::-1]].flatten(0, 1))",
         "tiles in the slots from the last to the first",
     ),
 ]

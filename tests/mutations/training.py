@@ -1,13 +1,13 @@
 TESTS = ("tests/training/test_data.py", "tests/training/test_packing.py", "tests/training/test_trainer.py")
-DOCUMENTS, PACKING = "nvlm_runtime/training/documents.py", "nvlm_runtime/training/packing.py"
+DOCUMENTS, LAYOUT = "nvlm_runtime/training/documents.py", "nvlm_runtime/inputs/layout.py"
 SOURCE, TRAINER = "nvlm_runtime/training/source.py", "nvlm_runtime/training/trainer.py"
 OPTIMIZER, PROMPT = "nvlm_runtime/training/optimizer.py", "nvlm_runtime/inputs/prompt.py"
 ATTENTION, OBJECTIVE = "nvlm_runtime/model/attention.py", "nvlm_runtime/training/objective.py"
 MUTATIONS = [
     (DOCUMENTS, "tuple(labels[1:])", "tuple(labels[:-1])", "labels are the tokens themselves"),
     (PROMPT, "writer.answers.append((start, ", "writer.answers.append((start - 1, ", "the prefix's newline is learnt"),
-    (PACKING, "layout.intervals + key", "layout.intervals", "a packed document sees the first one's images"),
-    (PACKING, "slot + at for slot", "slot for slot", "image tokens go into the first document"),
+    (LAYOUT, "layout.intervals + first_key", "layout.intervals", "a packed document sees the first one's images"),
+    (LAYOUT, "position + start for position", "position for position", "image tokens go into the first document"),
     (
         ATTENTION,
         "self.intervals[row, start:end, 0] = start",

@@ -61,7 +61,7 @@ def test_tiles_are_lowered_until_a_row_fits(tmp_path):
     picture((96, 64)).save(tmp_path / "a.png")
     row = {"image": "a.png", "conversations": turns("What?", "A.")}
     whole, said = document(tmp_path, row), []
-    assert len(whole.layout.images[0].slot_tiles) == 7
+    assert len(whole.layout.images[0].placeholder_tiles) == 7
     shorter = document(tmp_path, row, seq_len=len(whole) - 1, log=said.append)
     assert shorter.images[0][1].num_tiles == 5 and len(shorter) < len(whole)  # 2 x 2 and the thumbnail
     where, fits = f"{tmp_path / 'one.jsonl'}, line 1", f"so that it fits into {len(whole) - 1} tokens"

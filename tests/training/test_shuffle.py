@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nvlm_runtime.inputs.layout import shuffle_tiles
 from nvlm_runtime.training.documents import make_document
 from nvlm_runtime.training.rows import JsonLines
-from nvlm_runtime.training.shuffle import shuffle_tiles
 from nvlm_runtime.training.source import Source
 from nvlm_runtime.training.trainer import Trainer
 from tests.model.test_model import picture
@@ -32,15 +32,15 @@ def test_every_tag_keeps_its_tile(tmp_path):
     config, before = layout_of(tmp_path, "x", (96, 64), (32, 32), (64, 32))
     after, size = shuffle_tiles(config, before, random.Random(1)), config.tokens_per_tile
     for old, new in zip(before.images, after.images, strict=True):
-        assert sorted(old.cross) == sorted(new.cross) and replace(new, cross=old.cross) == old
-    assert before.images[0].cross != after.images[0].cross
+        assert sorted(old.key_sources) == sorted(new.key_sources) and replace(new, key_sources=old.key_sources) == old
+    assert before.images[0].key_sources != after.images[0].key_sources
 
     def tile(layout, start):
         """(image, tile) whose keys begin there."""
         for number, image in enumerate(layout.images):
             if image.keys[0] <= start < image.keys[1]:
                 assert (start - image.keys[0]) % size == 0
-                return number, image.cross[(start - image.keys[0]) // size]
+                return number, image.key_sources[(start - image.keys[0]) // size]
 
     num_tags = 0
     for old, new in zip(before.intervals.tolist(), after.intervals.tolist(), strict=True):
@@ -64,7 +64,7 @@ def orders(folder, share):
     source = Source(
         datasets(folder), micro_tokenizer(), CONFIGS["x"], rows=2, seq_len=300, seed=3, shuffled_tiles=share
     )
-    found = [image.cross for _ in range(8) for layout in next(source).layouts for image in layout.images]
+    found = [image.key_sources for _ in range(8) for layout in next(source).layouts for image in layout.images]
     source.close()
     return [cross for cross in found if len(cross) > 2]
 
