@@ -29,7 +29,9 @@ class Contestant(Protocol):
         """Seconds from a picture to its tokens."""
 
     def first(self, picture: Image.Image, question: str) -> tuple[float, float]:
-        """Seconds from a picture never seen before and a question to the first token, and those of tiles and tower."""
+        """Seconds from a picture never seen before and a question to the first token, and those of tiles and vision
+        encoder.
+        """
 
     def steps(self, batch: int, context: int, num: int) -> Iterator[float]:
         """Seconds of each of `num` decoding steps of `batch` rows behind prompts of `context` tokens."""

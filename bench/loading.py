@@ -1,12 +1,12 @@
 """Loading a sharded checkpoint against a plain read of its files: python -m bench.loading [--ranks 1 2]
 
-Tensors of NVLM-D-72B's true shapes in bfloat16, fewer of them: two of the tower's 45 layers, the projector, one of the
-decoder's 80 layers, embedding and head; 8.6 GB in the published layout, dummy heads among them. In every round the
-files leave the page cache, are read from end to end by one plain loop, leave it again, and are loaded by one process,
-and by ranks that each read their own slices at the same time. Seconds until the slowest has all; bytes a second as a
-share of the plain read's in that round; and the most memory that belonged to a rank alone (RssAnon, looked at every
-5 ms; a file's own mapped pages are the page cache's) above what it had before, beside the bytes of its share. Linux
-only.
+Tensors of NVLM-D-72B's true shapes in bfloat16, fewer of them: two of the vision encoder's 45 layers, the projector,
+one of the decoder's 80 layers, embedding and head; 8.6 GB in the published layout, dummy heads among them. In every
+round the files leave the page cache, are read from end to end by one plain loop, leave it again, and are loaded by one
+process, and by ranks that each read their own slices at the same time. Seconds until the slowest has all; bytes a
+second as a share of the plain read's in that round; and the most memory that belonged to a rank alone (RssAnon, looked
+at every 5 ms; a file's own mapped pages are the page cache's) above what it had before, beside the bytes of its share.
+Linux only.
 """
 
 import argparse

@@ -10,8 +10,8 @@ Every contestant is a process of its own, so that memory is its own; they take t
 and MB resident at the most: of a step, above what was before it (gradients and activations), and of the run, above what
 was before its first step (with the optimizer). Medians with 20th and 80th percentile; ratios are of a round's turns,
 which are of the same documents. Waiting for data is counted over steps without a pause, for batches are made during
-others' turns too. A small tower of 128-pixel tiles (64 tokens each), a decoder of 8 layers with a vocabulary of 32,768;
-random weights, fp32.
+others' turns too. A small vision encoder of 128-pixel tiles (64 tokens each), a decoder of 8 layers with a vocabulary
+of 32,768; random weights, fp32.
 """
 
 import argparse

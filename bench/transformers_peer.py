@@ -66,14 +66,14 @@ def _split(names: list[str], sizes: list[int], ours: nn.Linear) -> dict[str, Ten
 
 def transformers_weights(model: NVLMModel) -> dict[str, Tensor]:
     """Our parameters under transformers' names; rows of joined ones are views."""
-    tower, decoder, width = model.vision_model, model.language_model, model.config.vision.hidden_size
+    vision_encoder, decoder, width = model.vision_model, model.language_model, model.config.vision.hidden_size
     text, out = model.config.text, {}
     seen = "model.vision_tower."
-    out[f"{seen}embeddings.cls_token"] = tower.embeddings.class_embedding
-    out[f"{seen}embeddings.position_embeddings"] = tower.embeddings.position_embedding
-    out[f"{seen}embeddings.patch_embeddings.projection.weight"] = tower.embeddings.patch_embedding.weight
-    out[f"{seen}embeddings.patch_embeddings.projection.bias"] = tower.embeddings.patch_embedding.bias
-    for i, block in enumerate(tower.encoder.layers):
+    out[f"{seen}embeddings.cls_token"] = vision_encoder.embeddings.class_embedding
+    out[f"{seen}embeddings.position_embeddings"] = vision_encoder.embeddings.position_embedding
+    out[f"{seen}embeddings.patch_embeddings.projection.weight"] = vision_encoder.embeddings.patch_embedding.weight
+    out[f"{seen}embeddings.patch_embeddings.projection.bias"] = vision_encoder.embeddings.patch_embedding.bias
+    for i, block in enumerate(vision_encoder.encoder.layers):
         name = f"{seen}encoder.layer.{i}."
         out |= _split([f"{name}attention.{part}_proj" for part in "qkv"], [width] * 3, block.attn.qkv)
         out |= _linear(f"{name}attention.projection_layer", block.attn.proj)

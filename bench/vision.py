@@ -2,9 +2,9 @@
 
 InternViT-300M's shape (24 layers unless --layers says else), 1,025 tokens, random weights, one tile. The GEMM rates,
 the contestants and the peer take turns in one process; medians over --rounds with 20th and 80th percentile. "eager" is
-this tower with torch's attention and linears in the inputs' dtype; the others take what is native. Share: the
-tower's flops at the rate of bf16 4096^3, over its time. Error: root mean square against the same weights in fp64, as a
-share of the output's.
+this vision encoder with torch's attention and linears in the inputs' dtype; the others take what is native. Share: the
+vision encoder's flops at the rate of bf16 4096^3, over its time. Error: root mean square against the same weights in
+fp64, as a share of the output's.
 """
 
 import argparse
@@ -39,17 +39,17 @@ class EagerAttention(Attention):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def eager(tower: InternViT) -> InternViT:
-    """A tower of the same parameters whose attention is torch's."""
-    made = copy.deepcopy(tower)
+def eager(vision_encoder: InternViT) -> InternViT:
+    """A vision encoder of the same parameters whose attention is torch's."""
+    made = copy.deepcopy(vision_encoder)
     for block in made.encoder.layers:
-        attention = EagerAttention(tower.config).to(block.attn.proj.weight.dtype)
+        attention = EagerAttention(vision_encoder.config).to(block.attn.proj.weight.dtype)
         attention.load_state_dict(block.attn.state_dict())
         block.attn = attention
     return made
 
 
-def transformers_tower(c: VisionConfig) -> torch.nn.Module:
+def transformers_vision_encoder(c: VisionConfig) -> torch.nn.Module:
     """The peer at the same shape, bf16, random weights."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
@@ -117,16 +117,19 @@ def main() -> None:
     quantize(int8, {"vision": "int8_dynamic"})
     plain, found = eager(bf16), library()
     replace_linears(bf16)
-    for tower in (bf16, int8):
-        use_library(tower, found)
-    towers = {"eager bf16": plain, "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}
-    calls = {name: partial(tower, pixels.to(tower.embeddings.class_embedding.dtype)) for name, tower in towers.items()}
+    for vision_encoder in (bf16, int8):
+        use_library(vision_encoder, found)
+    vision_encoders = {"eager bf16": plain, "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}
+    calls = {
+        name: partial(vision_encoder, pixels.to(vision_encoder.embeddings.class_embedding.dtype))
+        for name, vision_encoder in vision_encoders.items()
+    }
     work = {name: flops(config) for name in calls}
     with torch.inference_mode():
         outputs = {name: call().double().flatten() for name, call in calls.items()}
         want = copy.deepcopy(bf16).double()(pixels.double()).flatten()
         if "transformers" in args.peers:
-            peer = transformers_tower(config)
+            peer = transformers_vision_encoder(config)
             calls["transformers bf16 sdpa"] = partial(peer, pixels)
             work["transformers bf16 sdpa"] = flops(config)
         for name, (count, call) in gemms(config).items():

@@ -1,8 +1,9 @@
 """What a model is: frozen dataclasses, and a reader of config.json that never guesses.
 
 The three variants differ only in where an image's tiles go (`Routing`): into the decoder's sequence, into the
-keys and values of gated cross-attention, or nowhere. Sources: NVLM paper (arXiv 2409.11402) sections 3 and 4.5,
-the NVLM-D-72B config.json, Megatron-LM examples/multimodal/nvlm.
+keys and values of gated cross-attention, or nowhere.
+Sources: NVLM paper (arXiv 2409.11402) sections 3 and 4.5, the NVLM-D-72B config.json,
+Megatron-LM examples/multimodal/nvlm.
 """
 
 import math
@@ -17,7 +18,7 @@ VARIANTS = ("d", "x", "h")
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """An InternViT tower. `num_dummy_heads` all-zero heads pad the checkpoint file, never the memory."""
+    """An InternViT vision encoder. `num_dummy_heads` all-zero heads pad the checkpoint file, never the memory."""
 
     hidden_size: int
     intermediate_size: int

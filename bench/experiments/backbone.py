@@ -18,7 +18,7 @@ import transformers
 
 from nvlm_runtime import NVLM
 from nvlm_runtime.checkpoint.assembly import assemble
-from nvlm_runtime.checkpoint.backbone import smollm2_file
+from nvlm_runtime.checkpoint.sources import smollm2_file
 
 PROMPTS = (
     "What is the capital of France?",

@@ -23,9 +23,9 @@ from bench.experiments.reading import learn_to_read, reading_shares
 from bench.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.checkpoint.assembly import assemble
-from nvlm_runtime.checkpoint.backbone import backbone_digest, backbone_path
 from nvlm_runtime.checkpoint.bundled import BUNDLED
 from nvlm_runtime.checkpoint.joined import save_without_text_model
+from nvlm_runtime.checkpoint.sources import text_model_digest, text_model_path
 from nvlm_runtime.checkpoint.weights import load, read_json, write_json
 from nvlm_runtime.micro.dataset import documents_hash
 from nvlm_runtime.micro.evaluate import evaluate
@@ -47,7 +47,7 @@ def check_run(args: argparse.Namespace) -> None:
     """Raises ValueError where the folder of the run was begun with other arguments, FileNotFoundError where there is no
     such text model.
     """
-    backbone_path(args.text)
+    text_model_path(args.text)
     asked = {name: getattr(args, name) for name in RUN}
     asked = json.loads(json.dumps(asked))  # tuples are lists there
     path = args.out / "run.json"
@@ -61,7 +61,7 @@ def check_run(args: argparse.Namespace) -> None:
 
 def shared_reading(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
     """The work folder's tower and NVLM-X's projector, which `learn_to_read` trains first where there are none."""
-    text = backbone_digest(args.text)[:8]
+    text = text_model_digest(args.text)[:8]
     path = args.work / f"reading-{args.reading_steps}-{documents_hash(0)}-{text}.pt"
     if not path.exists():
         assembly = assemble("x", args.text, BUNDLED / "micro-d", layers=(0,), dtype=torch.float32)

@@ -1,8 +1,8 @@
 """The yardstick: a request through plain PyTorch, one call after the other, which everything faster is timed against.
 
-The tower is written here in torch's own functions over the model's weights; the decoder is the model's with torch's own
-linears, called on a cache of its own. No chunks, no kept prefix or handle, no captured or compiled step. It stays slow
-on purpose.
+The vision encoder is written here in torch's own functions over the model's weights; the decoder is the model's with
+torch's own linears, called on a cache of its own. No chunks, no kept prefix or handle, no captured or compiled step. It
+stays slow on purpose.
 
 B requests, T prompt tokens, N tiles, P image tokens a tile, C hidden_size of the decoder.
 """
@@ -41,9 +41,9 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def see(tower: InternViT, pixel_values: Tensor) -> Tensor:
+def see(vision_encoder: InternViT, pixel_values: Tensor) -> Tensor:
     """Tiles [N, 3, S, S] to features [N, 4P, vision hidden_size], as `InternViT` gives them."""
-    config, embeddings = tower.config, tower.embeddings
+    config, embeddings = vision_encoder.config, vision_encoder.embeddings
 
     def norm(x: Tensor, module: torch.nn.Module) -> Tensor:
         if config.norm_type == "rms_norm":
@@ -53,7 +53,7 @@ def see(tower: InternViT, pixel_values: Tensor) -> Tensor:
     patch = embeddings.patch_embedding
     x = F.conv2d(pixel_values, patch.weight, patch.bias, stride=config.patch_size).flatten(2).transpose(1, 2)
     x = torch.cat([embeddings.class_embedding.expand(len(x), -1, -1), x], dim=1) + embeddings.position_embedding
-    for block in tower.encoder.layers:
+    for block in vision_encoder.encoder.layers:
         q, k, v = F.linear(norm(x, block.norm1), block.attn.qkv.weight, block.attn.qkv.bias).chunk(3, dim=-1)
         if config.qk_normalization:
             q, k = (_rms(t, n.weight, n.eps) for t, n in ((q, block.attn.q_norm), (k, block.attn.k_norm)))

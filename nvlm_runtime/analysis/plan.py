@@ -88,7 +88,7 @@ def plan_model(
     if data > 1 and not trains:
         raise ValueError(f"fsdp shares weights out in training alone: got fsdp {data} without parts that learn")
     if data > 1:
-        vision_split = "heads"  # as the trainer cuts the tower then
+        vision_split = "heads"  # as the trainer cuts the vision encoder then
     model = outline(config, Group(0, size), vision_split).to(dtype)
     if trains:
         found = _training_bytes(model, request, trains, on_cpu=device.name == CPU, data=data)
@@ -174,10 +174,12 @@ def _training_bytes(
     vision, tiles = model.shard.vision, request.batch * pictures * request.tiles
     if "vision" in trains:
         rows, layers = tiles * (vision.num_patches + 1), vision.num_hidden_layers
-        tower = rows * layers * (10 * vision.hidden_size + 3 * vision.intermediate_size)
+        vision_encoder = rows * layers * (10 * vision.hidden_size + 3 * vision.intermediate_size)
     else:
-        tower = tiles // (request.batch if data == 1 else 1) * (vision.num_patches + 1)  # row by row, but under FSDP
-        tower *= 5 * vision.hidden_size + 2 * vision.intermediate_size
+        vision_encoder = (
+            tiles // (request.batch if data == 1 else 1) * (vision.num_patches + 1)
+        )  # row by row, but under FSDP
+        vision_encoder *= 5 * vision.hidden_size + 2 * vision.intermediate_size
     projected = 3 * 4 * vision.hidden_size + (2 if config.variant == "x" else 4) * text.hidden_size
     if config.variant != "x":
         projected += 3 * text.intermediate_size
@@ -188,7 +190,7 @@ def _training_bytes(
             found["scores of masked attention"] = 2 * 4 * tokens * (keys // pictures) * text.num_attention_heads
     return found | {
         "vision features": tiles * vision.num_patches * vision.hidden_size * size,
-        "vision activations": tower * size,
+        "vision activations": vision_encoder * size,
         "image tokens": (tiles * config.tokens_per_tile * projected + request.batch * cross) * size,
     }
 
@@ -203,12 +205,12 @@ def _seconds(
     decoder = sum(p.nbytes for name, p in model.named_parameters() if part_of(name) in ("decoder", "cross"))
     if not text.tie_word_embeddings:  # a token looks up one row; a tied one is read as the head
         decoder -= model.language_model.embed_tokens.weight.nbytes
-    tower = sum(p.numel() for p in model.vision_model.parameters())
+    vision_encoder = sum(p.numel() for p in model.vision_model.parameters())
     patches = vision.num_patches + 1
     each = -(-request.tiles // size) if vision_split == "tiles" else request.tiles
     attention = 4 * patches**2 * vision.hidden_size * vision.num_hidden_layers
     attention //= 1 if vision_split == "tiles" else size
-    encode = each * (2 * patches * tower + attention) / device.flops
+    encode = each * (2 * patches * vision_encoder + attention) / device.flops
     shown = {"all": request.tiles, "thumbnail": min(1, request.tiles), "none": 0}[config.routing.decoder]
     prompt = min(request.context, QUESTION + shown * config.tokens_per_tile)
     weights = decoder / dtype.itemsize

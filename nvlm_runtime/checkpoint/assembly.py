@@ -1,11 +1,12 @@
-"""A new NVLM from a text model and a vision tower: what `nvlm init` does.
+"""A new NVLM from a text model and a vision encoder: what `nvlm init` does.
 
 The text model's weights stay bit for bit what they are. New are the projector, the gated cross-attention and, where the
-tower is a random one, the tower, all drawn from one seed: linears of unit variance, the ends of residual branches
-smaller by sqrt(2 layers), image tokens as large as the text's embeddings. Gates are 0: on text, and in NVLM-X beside
-any picture, the model is the text model, bit for bit. Special tokens that NVLM needs and the vocabulary has not get ids
-behind its last. Where the embedding has no row for such an id it gets the mean of all others, in the head too: then no
-such token can be the likeliest, so greedy answers stay. A row the text model has is kept, used by it or not.
+vision encoder is a random one, the vision encoder, all drawn from one seed: linears of unit variance, the ends of
+residual branches smaller by sqrt(2 layers), image tokens as large as the text's embeddings. Gates are 0: on text, and
+in NVLM-X beside any picture, the model is the text model, bit for bit. Special tokens that NVLM needs and the
+vocabulary has not get ids behind its last. Where the embedding has no row for such an id it gets the mean of all
+others, in the head too: then no such token can be the likeliest, so greedy answers stay. A row the text model has is
+kept, used by it or not.
 Sources: NVLM paper sections 4.2 to 4.5 (parts, gates, tokens); Flamingo (arXiv 2204.14198) for gates at 0.
 """
 
@@ -21,9 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nvlm_runtime.checkpoint.backbone import Backbone, open_backbone
+from nvlm_runtime.checkpoint.sources import TextSource, VisionSource, open_text_model, open_vision_encoder
 from nvlm_runtime.checkpoint.tensors import Entry, file_entries, fill
-from nvlm_runtime.checkpoint.tower import Tower, open_tower
 from nvlm_runtime.checkpoint.weights import save, some
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
 from nvlm_runtime.inputs.template import ChatTemplate
@@ -108,7 +108,7 @@ def assemble(
     dtype: torch.dtype | None = None,
     max_tiles: int = 6,
 ) -> Assembly:
-    """variant: "d", "x" or "h". text: as `open_backbone` takes it. vision: as `open_tower` does.
+    """variant: "d", "x" or "h". text: as `open_text_model` takes it. vision: as `open_vision_encoder` does.
 
     every, layers: where NVLM-X and -H get cross-attention, in one layer of so many or in those named; `gated_layers`
     where both are None. placement, ffn, positions: of `CrossConfig`. dtype: of all weights, None the text model's own,
@@ -120,42 +120,44 @@ def assemble(
     if every is not None and layers is not None:
         raise ValueError("give every how many layers, or the layers, not both")
     with ExitStack() as stack:
-        backbone, tower = open_backbone(text, stack), open_tower(vision, stack)
-        tokenizer, added = _vocabulary(backbone)
-        rows = max(backbone.config.vocab_size, tokenizer.vocab_size)
+        text_source, vision_source = open_text_model(text, stack), open_vision_encoder(vision, stack)
+        tokenizer, added = _vocabulary(text_source)
+        rows = max(text_source.config.vocab_size, tokenizer.vocab_size)
         if layers is None:
-            layers = gated_layers(backbone.config.num_hidden_layers, every)
+            layers = gated_layers(text_source.config.num_hidden_layers, every)
         config = NVLMConfig(
             variant=variant,
-            vision=tower.config,
-            text=replace(backbone.config, vocab_size=rows),
+            vision=vision_source.config,
+            text=replace(text_source.config, vocab_size=rows),
             cross=None if variant == "d" else CrossConfig(tuple(layers), placement, ffn, positions),
-            ps_version=tower.ps_version,
+            ps_version=vision_source.ps_version,
             max_tiles=max_tiles,
-            bos_token=backbone.bos_token,
+            bos_token=text_source.bos_token,
         )
         model = outline(config)
         entries = file_entries(model)
-        _check(backbone, tower, entries)
-        allocate(model, dtype or backbone.dtype, "cpu")
+        _check(text_source, vision_source, entries)
+        allocate(model, dtype or text_source.dtype, "cpu")
         if config.text.tie_word_embeddings:
             model.language_model.tie()
         with torch.no_grad():
-            _fill(model, entries, backbone, tower)
-            _draw(model, torch.Generator().manual_seed(seed), is_tower_new=tower.tensors is None)
-    return Assembly(model.eval(), tokenizer, backbone.template, added, rows - backbone.config.vocab_size)
+            _fill(model, entries, text_source, vision_source)
+            _draw(model, torch.Generator().manual_seed(seed), is_vision_new=vision_source.tensors is None)
+    return Assembly(model.eval(), tokenizer, text_source.template, added, rows - text_source.config.vocab_size)
 
 
-def _vocabulary(backbone: Backbone) -> tuple[Tokenizer, dict[str, int]]:
+def _vocabulary(text_source: TextSource) -> tuple[Tokenizer, dict[str, int]]:
     """The tokenizer with all of `SPECIALS`, and those that were not there."""
-    tokenizer, rows = backbone.tokenizer, backbone.config.vocab_size
+    tokenizer, rows = text_source.tokenizer, text_source.config.vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(
-            f"{backbone.name}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {rows} rows"
+            f"{text_source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {rows} rows"
         )
-    names = tokenizer.missing([*SPECIALS, *([backbone.bos_token] if backbone.bos_token else [])])
-    if backbone.bos_token in names:
-        raise ValueError(f"{backbone.name}: bos_token {backbone.bos_token!r} is no special token of the tokenizer")
+    names = tokenizer.missing([*SPECIALS, *([text_source.bos_token] if text_source.bos_token else [])])
+    if text_source.bos_token in names:
+        raise ValueError(
+            f"{text_source.name}: bos_token {text_source.bos_token!r} is no special token of the tokenizer"
+        )
     tokenizer = tokenizer.with_specials(names)
     return tokenizer, {name: tokenizer.special(name) for name in names}
 
@@ -170,14 +172,14 @@ def _text_name(name: str) -> str | None:
     return name.removeprefix("language_model.") if is_of_text_model(name) else None
 
 
-def _check(backbone: Backbone, tower: Tower, entries: Mapping[str, Entry]) -> None:
+def _check(text_source: TextSource, vision_source: VisionSource, entries: Mapping[str, Entry]) -> None:
     """Every name and shape, the embedding's rows but for."""
     wanted = {text: entry.shape for name, entry in entries.items() if (text := _text_name(name)) is not None}
-    sides = [(backbone.name, backbone.shapes, wanted)]
-    if tower.tensors is not None:
-        shapes = {name: tuple(tensor.get_shape()) for name, tensor in tower.tensors.items()}
+    sides = [(text_source.name, text_source.shapes, wanted)]
+    if vision_source.tensors is not None:
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in vision_source.tensors.items()}
         wanted = {name: entry.shape for name, entry in entries.items() if name.startswith("vision_model.")}
-        sides.append((tower.name, shapes, wanted))
+        sides.append((vision_source.name, shapes, wanted))
     for source, given, wanted in sides:
         if missing := set(wanted) - set(given):
             raise ValueError(f"{source} misses {len(missing)} tensors: {some(missing)}")
@@ -185,28 +187,28 @@ def _check(backbone: Backbone, tower: Tower, entries: Mapping[str, Entry]) -> No
             raise ValueError(f"{source} holds {len(unexpected)} unexpected tensors: {some(unexpected)}")
         for name, shape in wanted.items():
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                shape = (backbone.config.vocab_size, *shape[1:])
+                shape = (text_source.config.vocab_size, *shape[1:])
             if given[name] != shape:
                 raise ValueError(f"{source}: {name} has shape {list(given[name])}, expected {list(shape)}")
 
 
-def _fill(model: NVLMModel, entries: Mapping[str, Entry], backbone: Backbone, tower: Tower) -> None:
+def _fill(model: NVLMModel, entries: Mapping[str, Entry], text_source: TextSource, vision_source: VisionSource) -> None:
     parameters = dict(model.named_parameters())
     for name, entry in entries.items():
         parameter, text = parameters[entry.parameter], _text_name(name)
         if text in ("model.embed_tokens.weight", "lm_head.weight"):
-            stored = backbone.read(text)
+            stored = text_source.read(text)
             parameter[: len(stored)] = stored
             parameter[len(stored) :] = stored.float().mean(0)
         elif text is not None:
-            fill(parameter, entry, backbone.read(text), name, is_checked=True)
-        elif tower.tensors is not None and name.startswith("vision_model."):
-            fill(parameter, entry, tower.tensors[name], name, is_checked=True)
+            fill(parameter, entry, text_source.read(text), name, is_checked=True)
+        elif vision_source.tensors is not None and name.startswith("vision_model."):
+            fill(parameter, entry, vision_source.tensors[name], name, is_checked=True)
 
 
-def _draw(model: NVLMModel, generator: torch.Generator, is_tower_new: bool) -> None:
+def _draw(model: NVLMModel, generator: torch.Generator, is_vision_new: bool) -> None:
     """Draws all that is new, module by module in the order of their names."""
-    decoder, tower = model.language_model, model.vision_model
+    decoder, vision = model.language_model, model.vision_model
     _draw_part(model.mlp1, 0, generator)
     # the norm before it gives unit variance, a GELU between the two takes some away
     scale = decoder.embed_tokens.weight.float().std() / (math.sqrt(GELU_SQUARE) if len(model.mlp1) > 2 else 1)
@@ -217,16 +219,16 @@ def _draw(model: NVLMModel, generator: torch.Generator, is_tower_new: bool) -> N
         for name, parameter in cross.named_parameters():
             if name in ("gate", "ffn_gate"):
                 parameter.zero_()
-    if not is_tower_new:
+    if not is_vision_new:
         return
-    _draw_part(tower.encoder, len(tower.encoder.layers), generator)
-    for block in tower.encoder.layers:
+    _draw_part(vision.encoder, len(vision.encoder.layers), generator)
+    for block in vision.encoder.layers:
         block.ls1.fill_(1)
         block.ls2.fill_(1)
-    patch = tower.embeddings.patch_embedding
+    patch = vision.embeddings.patch_embedding
     _normal(patch.weight, patch.weight[0].numel() ** -0.5, generator)
     patch.bias.zero_()
-    for parameter in (tower.embeddings.class_embedding, tower.embeddings.position_embedding):
+    for parameter in (vision.embeddings.class_embedding, vision.embeddings.position_embedding):
         _normal(parameter, POSITION_STD, generator)
 
 

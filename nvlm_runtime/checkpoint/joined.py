@@ -1,8 +1,9 @@
 """A checkpoint without its text model: what was trained beside a frozen one that comes from elsewhere.
 
-"text_model" in its config.json names the text model, as `open_backbone` takes it, and the hash of its weights; its own
-weights are tower, projector and cross-attention alone; tokenizer and chat template are the text model's. Both are put
-together once, into a checkpoint like any other in the user's cache, named after what it came from.
+"text_model" in its config.json names the text model, as `open_text_model` takes it, and the hash of its weights. The
+checkpoint's own weights are the vision encoder, the projector and the cross-attention; tokenizer and chat template are
+the text model's. Both are put together once, into a checkpoint like any other in the
+user's cache, named after what it came from.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 
 from nvlm_kernels.native import default_folder
 from nvlm_runtime.checkpoint.assembly import Assembly, assemble, is_of_text_model, new_folder
-from nvlm_runtime.checkpoint.backbone import backbone_digest
 from nvlm_runtime.checkpoint.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.sources import text_model_digest
 from nvlm_runtime.checkpoint.tensors import file_entries, fill, to_file
 from nvlm_runtime.checkpoint.weights import SINGLE, open_tensors, read_json, some, write_json
 from nvlm_runtime.config import from_hf, to_hf
@@ -47,7 +48,7 @@ def whole_folder(name: str | Path, cache_folder: str | Path | None = None, group
     if group.rank:
         wait_for_loading(group)
     if not (whole / "config.json").is_file():
-        if (found := backbone_digest(text)) != text_digest:
+        if (found := text_model_digest(text)) != text_digest:
             raise ValueError(
                 f"{folder} was trained beside another {text!r}: its hash is {found:.12}, not {text_digest:.12}"
             )
@@ -115,7 +116,7 @@ def save_without_text_model(model: NVLMModel, text: str | Path, folder: Path) ->
     with new_folder(folder) as partial:
         tensors = {name: tensor for name, tensor in wanted.items() if not is_of_text_model(name)}
         save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
-        named = {TEXT_MODEL: {"name": source, "sha256": backbone_digest(source)}}
+        named = {TEXT_MODEL: {"name": source, "sha256": text_model_digest(source)}}
         write_json(partial / "config.json", to_hf(model.config, str(DTYPE).removeprefix("torch.")) | named)
         joined = _tensors(_join(partial, source).model)
         if wrong := {name for name in wanted if not joined[name].equal(wanted[name])}:

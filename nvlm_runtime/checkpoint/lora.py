@@ -7,11 +7,10 @@ The linears of a model by the names they have in a checkpoint, which are PEFT's 
     cross       language_model.model.layers.N.cross_attn.{q_proj, k_proj, v_proj, o_proj, ...}
     decoder     language_model.model.layers.N.{self_attn.{q,k,v,o}_proj, mlp.{gate,up,down}_proj}
 
-In memory q, k and v are one weight, and gate and up: `AdaptedLinear` holds an adapter for each. The tower's qkv and
-proj are padded with dummy heads in a checkpoint, so their adapters are padded with zeros in the file. Embeddings and
-the head are not adapted.
-An adapter of the decoder alone may also bear the names of the bare text model (`model.layers.N...`): it then fits the
-Qwen2 or Llama the NVLM was built on. Both kinds are read.
+In memory q, k and v are one weight, and gate and up: `AdaptedLinear` holds an adapter for each. The vision encoder's
+qkv and proj are padded with dummy heads in a checkpoint, so their adapters are padded with zeros in the file.
+Embeddings and the head are not adapted. An adapter of the decoder alone may also bear the names of the bare text model
+(`model.layers.N...`): it then fits the Qwen2 or Llama the NVLM was built on. Both kinds are read.
 Sources: LoRA (arXiv 2106.09685); PEFT's LoraConfig, save_and_load.py and tuners/lora/layer.py.
 """
 

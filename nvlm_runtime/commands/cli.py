@@ -58,7 +58,7 @@ def _parallel_options(parser: argparse.ArgumentParser) -> None:
         "--vision-split",
         choices=("tiles", "heads"),
         default="tiles",
-        help="with --tp: every rank holds the tower and takes some tiles, or holds some heads (default: %(default)s)",
+        help="with --tp: every rank runs the vision encoder on some tiles, or holds some heads (default: %(default)s)",
     )
 
 
@@ -196,9 +196,11 @@ def _train(parser: argparse.ArgumentParser) -> None:
     micro.add_argument("--variant", choices=("d", "x", "h"))
     micro.add_argument("--seed", type=int, help="(default: 0)")
     micro.add_argument("--out", help="folder for the checkpoint")
-    micro.add_argument("--work", help="folder for the tower and documents the variants share (default: work)")
+    micro.add_argument("--work", help="folder for the vision encoder and documents the variants share (default: work)")
     micro.add_argument("--steps", type=int, help="of the decoder, both stages together")
-    micro.add_argument("--tower-steps", type=int, help="of the vision tower; 0 takes the shipped models' tower")
+    micro.add_argument(
+        "--tower-steps", type=int, help="of the vision encoder; 0 takes the shipped models' vision encoder"
+    )
     micro.add_argument("--documents", type=int, help="number of training pictures")
 
 
@@ -255,7 +257,7 @@ COMMANDS = {
     "info": ("info", _info, "what a model is, and how it would tile a picture"),
     "plan": ("plan", _plan, "bytes a GPU and predicted times, before any is rented"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),
-    "init": ("init", _init, "a new checkpoint from a text model and a vision tower"),
+    "init": ("init", _init, "a new checkpoint from a text model and a vision encoder"),
     "quantize": ("quantize", _quantize, "a checkpoint with weights in 8 or 4 bits"),
     "train": ("train", _train, "fine-tune by a recipe, or train a micro model from seeds"),
     "eval": ("evaluate", _evaluate, "a benchmark on local files, with its published metric"),

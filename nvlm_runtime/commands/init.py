@@ -1,4 +1,4 @@
-"""`nvlm init`: a new checkpoint from a text model and a vision tower."""
+"""`nvlm init`: a new checkpoint from a text model and a vision encoder."""
 
 import argparse
 import json

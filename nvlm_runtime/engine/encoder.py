@@ -1,4 +1,6 @@
-"""Pictures to handles: the tower, the projector and the image keys, each run once for a picture that comes again."""
+"""Pictures to handles: the vision encoder, the projector and the image keys, each run once for a picture that comes
+again.
+"""
 
 import threading
 import time

@@ -28,7 +28,7 @@ FFNS = {"none": 0, "swiglu": 1, "gelu4x": 2}
 
 def use_library(model: nn.Module, library: native.Native | None) -> None:
     """Lets prompts and tiles go through the library's attention where the CPU has it (`native_attention.takes`), and
-    int8 products through its passes; of no library, through what they went before. model: or a tower alone.
+    int8 products through its passes; of no library, through what they went before. model: or a vision encoder alone.
     """
     for module in model.modules():
         if isinstance(module, Attention | Int8DynamicLinear):

@@ -1,4 +1,4 @@
-"""What the tower hands to the projector."""
+"""What the vision encoder hands to the projector."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 @dataclass(frozen=True, eq=False)
 class Features:
     """Of N tiles. patches: [N, 4P, C]. statistics: [N, 4P, 2] fp32, `nvlm_kernels.row_statistics` of the patches, where
-    the tower had them at hand.
+    the vision encoder had them at hand.
     """
 
     patches: Tensor

@@ -10,7 +10,8 @@ from nvlm_runtime.model.vision import Block
 
 
 def check_layers(model: NVLMModel) -> None:
-    """From now on every block of the tower and the decoder, the embeddings and the head look at what they give.
+    """From now on every block of the vision encoder and the decoder, the embeddings and the head look at what they
+    give.
 
     The first that gives inf or nan raises ValueError with its name and that of the last one that was whole. It waits
     for the device after each block, and no stage can be captured.

@@ -1,4 +1,4 @@
-"""What of a model is quantised, and how: weights alone for decoding, weights and activations for the vision tower.
+"""What of a model is quantised, and how: weights alone for decoding, weights and activations for the vision encoder.
 
 `weight_only` has the linears of the first kind. Those of the second, for a CPU:
 
@@ -22,7 +22,7 @@ from nvlm_runtime.model.vision import InternViT
 from nvlm_runtime.model.weight_only import WEIGHT_ONLY
 
 # Rows multiplied at a time. What exists in int32 and fp32 stays small; of a whole tile it is 42 MB, made anew in each
-# of 96 products. A tile of the 300M tower took 1.95 s whole and 1.6 s in blocks, two runs on one machine.
+# of 96 products. A tile of the 300M vision encoder took 1.95 s whole and 1.6 s in blocks, two runs on one machine.
 BLOCK_ROWS = 384
 
 
@@ -101,7 +101,7 @@ QUANTIZED = (Int8DynamicLinear, *WEIGHT_ONLY.values())
 
 
 def _linears(model: nn.Module, part: str, kinds: type | tuple[type, ...]) -> list[str]:
-    """Names of a part's linears that are of these kinds, in a model or a tower alone."""
+    """Names of a part's linears that are of these kinds, in a model or a vision encoder alone."""
     begin, ends = PARTS[part]
     begin = begin if isinstance(model, NVLMModel) else ""
     found = [name for name, child in model.named_modules() if isinstance(child, kinds)]
@@ -118,7 +118,7 @@ def check_scheme(scheme: Mapping[str, str]) -> None:
 
 
 def quantize(model: NVLMModel | InternViT, scheme: Mapping[str, str], filled: bool = True) -> None:
-    """Replaces linears of the model, or of a vision tower alone, in place, part by part.
+    """Replaces linears of the model, or of a vision encoder alone, in place, part by part.
 
     scheme: "vision" to "int8_dynamic"; "decoder", "cross" and "head" to "int8" or "int4", weights alone. What is not
     named keeps its dtype; so do norms, biases, embeddings (a tied head is parted from its own), the projector and the

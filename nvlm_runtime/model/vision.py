@@ -165,9 +165,9 @@ class Encoder(nn.Module):
 class InternViT(nn.Module):
     """pixel_values [N, 3, image_size, image_size] to [N, P, C]: the class token is dropped at the end.
 
-    config: a rank's own share (`parallel.VisionShard`) where the tower is cut by heads; else every rank of the group
-    holds the tower and takes every size-th part of the tiles, which has no gradient. Raises ValueError when the tiles
-    have another shape.
+    config: a rank's own share (`VisionShard`) where the vision encoder is cut by heads. Otherwise every rank of the
+    group holds the whole encoder and takes one part of the tiles, without a gradient. Raises ValueError for tiles of
+    another shape.
     """
 
     def __init__(self, config: VisionConfig, group: Group = SOLO):
@@ -189,7 +189,9 @@ class InternViT(nn.Module):
             x, statistics = self.encoder(self.embeddings(pixel_values))
             return Features(x[:, 1:], None if statistics is None else statistics[:, 1:])
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            raise ValueError("vision: a tower whose tiles are shared out does not train: use vision_split='heads'")
+            raise ValueError(
+                "vision: a vision encoder whose tiles are shared out does not train: use vision_split='heads'"
+            )
         num, size, rank = len(pixel_values), self.tile_group.size, self.tile_group.rank
         each = -(-num // size)
         mine = pixel_values[rank * each : (rank + 1) * each]

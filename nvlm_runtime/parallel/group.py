@@ -11,10 +11,10 @@ and residuals are held by all and computed alike. With more ranks than kv heads,
 sums what each found for it. Inner columns and vocabulary rows are cut into equal runs, the last one's end padded with
 zeros where they do not divide: such columns give nothing and their gradients are zero, such rows are never drawn.
 
-The vision tower is held whole, and ranks take tiles (`tiles`: no collective but one gather; right for inference, where
-7 tiles on 8 GPUs cost one tile's time), or is cut by heads (`heads`: one rank's memory holds its share; right where
-the tower's 12 GB do not fit, or it trains). 25 heads are padded with zero heads to a multiple of the ranks; they stay
-zero, as their gradients are.
+The vision encoder is held whole, and ranks take tiles (`tiles`: no collective but one gather; right for inference,
+where 7 tiles on 8 GPUs cost one tile's time), or is cut by heads (`heads`: one rank's memory holds its share; right
+where the vision encoder's 12 GB do not fit, or it trains). 25 heads are padded with zero heads to a multiple of the
+ranks; they stay zero, as their gradients are.
 
 Source: Megatron-LM (Shoeybi et al. 2019), whose f and g are `spread` and `reduce`; transport is torch.distributed.
 """
@@ -203,7 +203,7 @@ class TextShard(TextConfig):
 
 @dataclass(frozen=True)
 class VisionShard(VisionConfig):
-    """One rank's share of a tower cut by heads, the last of which may be zero heads."""
+    """One rank's share of a vision encoder cut by heads, the last of which may be zero heads."""
 
     whole: VisionConfig | None = None
 

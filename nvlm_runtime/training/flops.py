@@ -1,8 +1,8 @@
 """Flops of a training step, as the field counts them to say what share of a machine's peak a run reaches.
 
 A product counts once on the way forward, once more for its input's gradient and once for its weight's where that
-learns; a frozen tower counts once. Attention is counted over what a token sees. Left out: padding, activations that are
-made again, everything elementwise.
+learns; a frozen vision encoder counts once. Attention is counted over what a token sees. Left out: padding, activations
+that are made again, everything elementwise.
 Source: PaLM (arXiv 2204.02311) appendix B, "model FLOPs utilization".
 """
 
@@ -27,7 +27,7 @@ def _encoded(model: NVLMModel, batch: Packed) -> int:
     return -(-_tiles(batch) // model.vision_model.tile_group.size)
 
 
-def tower_learns(model: NVLMModel) -> bool:
+def vision_learns(model: NVLMModel) -> bool:
     return any(parameter.requires_grad for parameter in model.vision_model.parameters())
 
 
@@ -44,7 +44,7 @@ def linear_flops(model: NVLMModel, batch: Packed) -> int:
         "lm_head": int((batch.labels != IGNORE).sum()),
         "": batch.num_tokens,
     }
-    learns, found = tower_learns(model), 0
+    learns, found = vision_learns(model), 0
     parameters = dict(model.named_parameters())
     if model.config.text.tie_word_embeddings:
         parameters["lm_head.weight"] = parameters["language_model.embed_tokens.weight"]
@@ -60,14 +60,18 @@ def linear_flops(model: NVLMModel, batch: Packed) -> int:
 
 
 def attention_flops(model: NVLMModel, batch: Packed) -> int:
-    """Queries with keys, and weights with values: of the tower, of the decoder's tokens, of what they see of images."""
+    """Queries with keys, and weights with values: of the vision encoder, of the decoder's tokens, of what they see of
+    images.
+    """
     vision, text, cross = model.shard.vision, model.shard.text, model.config.cross
-    tower_width = vision.num_attention_heads * vision.head_dim
-    tower = _encoded(model, batch) * 4 * (vision.num_patches + 1) ** 2 * tower_width * vision.num_hidden_layers
+    vision_width = vision.num_attention_heads * vision.head_dim
+    vision_encoder = (
+        _encoded(model, batch) * 4 * (vision.num_patches + 1) ** 2 * vision_width * vision.num_hidden_layers
+    )
     width = text.num_attention_heads * text.head_dim
     seen = sum((end - start) * (end - start + 1) // 2 for row in batch.documents for start, end in row)
     decoder = 4 * seen * width * text.num_hidden_layers
     if cross is not None:
         image_keys = sum(int((layout.intervals[:, 1] - layout.intervals[:, 0]).sum()) for layout in batch.layouts)
         decoder += 4 * image_keys * width * len(cross.layers)
-    return tower * (3 if tower_learns(model) else 1) + 3 * decoder
+    return vision_encoder * (3 if vision_learns(model) else 1) + 3 * decoder

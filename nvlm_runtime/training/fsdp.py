@@ -1,9 +1,9 @@
 """FSDP2: the ranks of a data-parallel group each keep a share of every weight's rows, its gradient and its moments.
 
-A decoder layer and a tower layer are gathered when they are run and given back behind it, forward and backward; image
-keys and values of all gated layers together; the rest (embeddings, projector, norms, head) for the whole micro-batch.
-Weights are held in fp32, which the optimizer moves, and gathered in the recipe's precision; gradients are summed in
-fp32. Beside tensor parallelism a rank shares out what its tensor-parallel rank holds.
+A decoder layer and a vision encoder layer are gathered when they are run and given back behind it, forward and
+backward; image keys and values of all gated layers together; the rest (embeddings, projector, norms, head) for the
+whole micro-batch. Weights are held in fp32, which the optimizer moves, and gathered in the recipe's precision;
+gradients are summed in fp32. Beside tensor parallelism a rank shares out what its tensor-parallel rank holds.
 Source: torch.distributed.fsdp.fully_shard; ZeRO (arXiv 1910.02054) stage 3, PyTorch FSDP (arXiv 2304.11277).
 """
 

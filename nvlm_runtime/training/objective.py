@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nvlm_runtime.inputs.layout import Layout, unseen_image
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
-from nvlm_runtime.training.flops import tower_learns
+from nvlm_runtime.training.flops import vision_learns
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import Packed
 
@@ -26,12 +26,12 @@ class Objective(nn.Module):
         self.model, self.evenly = model, evenly
 
     def features(self, tiles: Tensor) -> Features:
-        """Of tiles [N, 3, S, S]. N may be 0. A gradient where the tower learns."""
+        """Of tiles [N, 3, S, S]. N may be 0. A gradient where the vision encoder learns."""
         vision = self.model.config.vision
         weight = self.model.language_model.embed_tokens.weight
         if not len(tiles):
             return Features(weight.new_zeros(0, vision.num_patches, vision.hidden_size))
-        with torch.set_grad_enabled(tower_learns(self.model)):
+        with torch.set_grad_enabled(vision_learns(self.model)):
             return self.model.encode(tiles.to(weight.device, weight.dtype))
 
     def forward(self, batch: Packed, loss_rows: int) -> Tensor:

@@ -87,11 +87,11 @@ def freeze(model: NVLMModel, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
 class Trainer:
     """A run of a recipe. `resume`: from its newest whole checkpoint; without one in its folder, that is an error.
 
-    mesh: of ranks that share the model; a tower that learns is cut by heads, one that does not takes shares of tiles,
-    or is cut too where the model's rows are shared out. progress: as in `weights.load`.
-    Raises ValueError or OSError, before anything is written, for a model of another variant, for data that is not there
-    and for a folder that holds another run; over ranks also for adapters, for ranks of other recipes, and for
-    micro-batches that cannot be shared out evenly.
+    mesh: of ranks that share the model; a vision encoder that learns is cut by heads, one that does not takes shares of
+    tiles, or is cut too where the model's rows are shared out. progress: as in `weights.load`. Raises ValueError or
+    OSError, before anything is written, for a model of another variant, for data that is not there and for a folder
+    that holds another run; over ranks also for adapters, for ranks of other recipes, and for micro-batches that cannot
+    be shared out evenly.
     """
 
     def __init__(

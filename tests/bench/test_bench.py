@@ -139,15 +139,17 @@ def test_plain_answers_as_the_engine(variant):
 
 
 @pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
-def test_plain_tower_is_the_tower(norm_type):
+def test_plain_vision_encoder_is_the_vision_encoder(norm_type):
     config = shape_config("micro", "d").vision
     config = type(config)(**{**vars(config), "norm_type": norm_type, "qk_normalization": norm_type == "rms_norm"})
     from nvlm_runtime.model.vision import InternViT
     from tests.small import randomise
 
-    tower = randomise(InternViT(config)).double()
+    vision_encoder = randomise(InternViT(config)).double()
     pixels = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    torch.testing.assert_close(see(tower, pixels), tower(pixels), rtol=1e-5, atol=1e-5)  # _rms computes in fp32
+    torch.testing.assert_close(
+        see(vision_encoder, pixels), vision_encoder(pixels), rtol=1e-5, atol=1e-5
+    )  # _rms computes in fp32
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])

@@ -12,8 +12,8 @@ from PIL import Image
 
 from nvlm_runtime.checkpoint import assembly as assembly_file
 from nvlm_runtime.checkpoint.assembly import assemble, gated_layers
-from nvlm_runtime.checkpoint.backbone import smollm2_file
 from nvlm_runtime.checkpoint.bundled import BUNDLED
+from nvlm_runtime.checkpoint.sources import smollm2_file
 from nvlm_runtime.checkpoint.weights import load
 from nvlm_runtime.checkpoint.weights import save as save_checkpoint
 from nvlm_runtime.commands.cli import main
@@ -25,7 +25,7 @@ from tests.inputs.qwen import tiny_backend
 from tests.small import VISION, small_model
 
 RECEIPT = Path(__file__).parents[2] / "examples" / "receipt.png"
-TOWER = (
+VISION_ENCODER = (
     "random:hidden_size=32,intermediate_size=48,num_hidden_layers=2,num_attention_heads=4,image_size=32,patch_size=8"
 )
 IDS = [5, 300, 17, 44, 2, 9, 101, 312, 77, 68, 250]
@@ -64,7 +64,16 @@ def test_folder_gives_transformers_answers(capsys, tmp_path, variant, family, ti
     assert len(list((tmp_path / "text").glob("*.safetensors"))) > 1
     cross = [] if variant == "d" else ["--cross-layers", 1, 3]
     init(
-        capsys, "--variant", variant, "--text", tmp_path / "text", "--vision", TOWER, "--out", tmp_path / "out", *cross
+        capsys,
+        "--variant",
+        variant,
+        "--text",
+        tmp_path / "text",
+        "--vision",
+        VISION_ENCODER,
+        "--out",
+        tmp_path / "out",
+        *cross,
     )
     ours = NVLM.load(tmp_path / "out")
     assert ours.config.cross is None or ours.config.cross.layers == (1, 3)
@@ -81,7 +90,7 @@ def test_folder_gives_transformers_answers(capsys, tmp_path, variant, family, ti
 def test_gates_at_0_are_the_bare_decoder_bit_for_bit(tmp_path, family):
     save_text_model(text_model(family), tmp_path / "text")
     for placement, ffn in (("inside", "none"), ("before", "swiglu")):
-        made = assemble("x", tmp_path / "text", TOWER, every=2, placement=placement, ffn=ffn)
+        made = assemble("x", tmp_path / "text", VISION_ENCODER, every=2, placement=placement, ffn=ffn)
         bare = Decoder(made.model.config.text, None)
         state = made.model.language_model.state_dict()
         bare.load_state_dict({name: tensor for name, tensor in state.items() if ".cross_attn." not in name})
@@ -105,7 +114,16 @@ def test_tokens_that_are_missing_are_added(capsys, tmp_path, tied):
     save_text_model(theirs, tmp_path / "text")
     _keep_tokens(tmp_path / "text", 316, drop=("<|vision_pad|>",))
     out = init(
-        capsys, "--variant", "x", "--text", tmp_path / "text", "--vision", TOWER, "--out", tmp_path / "out", "--json"
+        capsys,
+        "--variant",
+        "x",
+        "--text",
+        tmp_path / "text",
+        "--vision",
+        VISION_ENCODER,
+        "--out",
+        tmp_path / "out",
+        "--json",
     )
     values = json.loads(out)
     assert values["added_tokens"] == {"<|vision_pad|>": 316} and values["new_rows"] == 1
@@ -125,7 +143,7 @@ def test_rows_the_text_model_has_are_kept(tmp_path):
     theirs = text_model("llama", vocab_size=330)
     save_text_model(theirs, tmp_path / "text")
     _keep_tokens(tmp_path / "text", 316, drop=("<|vision_pad|>",))
-    made = assemble("d", tmp_path / "text", TOWER)
+    made = assemble("d", tmp_path / "text", VISION_ENCODER)
     assert made.added == {"<|vision_pad|>": 316} and made.num_new_rows == 0
     assert torch.equal(made.model.language_model.embed_tokens.weight, theirs.model.embed_tokens.weight)
 
@@ -149,7 +167,7 @@ def _keep_tokens(folder: Path, num: int, drop: tuple[str, ...]) -> None:
 def test_gguf_holds_the_same_weights(tmp_path, family, quantised):
     theirs = text_model(family, tied=quantised == "Q8_0", hidden_size=64)
     state = save_gguf(theirs, tmp_path / "text.gguf", quantised)
-    made = assemble("x", tmp_path / "text.gguf", TOWER, every=3)
+    made = assemble("x", tmp_path / "text.gguf", VISION_ENCODER, every=3)
     theirs.load_state_dict(state, strict=False)
     engine = NVLM(made.model, made.tokenizer, template=made.template)
     with torch.inference_mode():
@@ -179,7 +197,7 @@ def test_k_quants_are_read(tmp_path):
 
     theirs = text_model("qwen2", intermediate_size=256)
     save_gguf(theirs, tmp_path / "text.gguf", tensors=with_k)
-    made = assemble("d", tmp_path / "text.gguf", TOWER)
+    made = assemble("d", tmp_path / "text.gguf", VISION_ENCODER)
     reader = gguf.GGUFReader(tmp_path / "text.gguf")
     (stored,) = [tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_down.weight"]
     want = torch.from_numpy(gguf.quants.dequantize(stored.data, kind).reshape(64, 256))
@@ -187,14 +205,14 @@ def test_k_quants_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nvlm", "internvl", "internvit"])
-def test_towers_come_as_they_are(tmp_path, kind):
+def test_vision_encoders_come_as_they_are(tmp_path, kind):
     theirs = small_model("d")
-    save_checkpoint(theirs, tmp_path / "tower")
-    values = json.loads((tmp_path / "tower" / "config.json").read_text())
+    save_checkpoint(theirs, tmp_path / "encoder")
+    values = json.loads((tmp_path / "encoder" / "config.json").read_text())
     if kind != "nvlm":
         from safetensors.torch import load_file, save_file
 
-        tensors = load_file(tmp_path / "tower" / "model.safetensors")
+        tensors = load_file(tmp_path / "encoder" / "model.safetensors")
         del values["vision_config"]["num_dummy_heads"]
         if kind == "internvl":
             values |= {
@@ -206,16 +224,16 @@ def test_towers_come_as_they_are(tmp_path, kind):
             values = values["vision_config"]
             start = "vision_model."
             tensors = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-        save_file(tensors, tmp_path / "tower" / "model.safetensors", metadata={"format": "pt"})
-        (tmp_path / "tower" / "config.json").write_text(json.dumps(values))
+        save_file(tensors, tmp_path / "encoder" / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "encoder" / "config.json").write_text(json.dumps(values))
     save_text_model(text_model("qwen2"), tmp_path / "text")
-    made = assemble("h", tmp_path / "text", tmp_path / "tower")
+    made = assemble("h", tmp_path / "text", tmp_path / "encoder")
     assert made.model.config.vision == VISION
     for name, tensor in made.model.vision_model.state_dict().items():
         assert torch.equal(tensor, theirs.vision_model.state_dict()[name]), name
 
 
-def test_bundled_tower_and_seeds(capsys, tmp_path):
+def test_bundled_vision_encoder_and_seeds(capsys, tmp_path):
     save_text_model(text_model("qwen2"), tmp_path / "text")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         init(
@@ -223,21 +241,21 @@ def test_bundled_tower_and_seeds(capsys, tmp_path):
             "--seed", seed, "--cross-every", 2, "--cross-ffn", "gelu4x",
         )  # fmt: skip
     a, b, c = (load(tmp_path / name)[0].state_dict() for name in "abc")
-    tower = load(BUNDLED / "micro-d", dtype=torch.float32)[0].vision_model.state_dict()
+    vision_encoder = load(BUNDLED / "micro-d", dtype=torch.float32)[0].vision_model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     differ = {name for name in a if not torch.equal(a[name], c[name])}
     weights = {n for n in a if (".cross_attn." in n or n.startswith("mlp1")) and a[n].dim() > 1}
     assert differ == weights and {name.split(".")[2] for name in weights if ".cross_attn." in name} == {"0", "2"}
-    assert all(torch.equal(a[f"vision_model.{name}"], tensor) for name, tensor in tower.items())
+    assert all(torch.equal(a[f"vision_model.{name}"], tensor) for name, tensor in vision_encoder.items())
     gates = [a[name] for name in a if name.endswith("gate")]
     assert len(gates) == 4 and not any(gate.any() for gate in gates)
 
 
 @pytest.mark.parametrize("variant", ["d", "x"])
 def test_new_parts_have_the_sizes_they_should(tmp_path, variant):
-    """Image tokens as large as embeddings; the tower's features neither vanish nor explode."""
+    """Image tokens as large as embeddings; the vision encoder's features neither vanish nor explode."""
     save_text_model(text_model("llama"), tmp_path / "text")
-    sizes = TOWER.replace("num_hidden_layers=2", "num_hidden_layers=6")
+    sizes = VISION_ENCODER.replace("num_hidden_layers=2", "num_hidden_layers=6")
     model = assemble(variant, tmp_path / "text", sizes, seed=3).model
     with torch.inference_mode():
         features = model.encode(torch.randn(8, 3, 32, 32))
@@ -324,7 +342,7 @@ def texts(tmp_path_factory):
 )
 def test_text_that_cannot_be_used(capsys, tmp_path, texts, text, message):
     out = tmp_path / "out"
-    code = main(["init", "--variant", "x", "--text", str(texts / text), "--vision", TOWER, "--out", str(out)])
+    code = main(["init", "--variant", "x", "--text", str(texts / text), "--vision", VISION_ENCODER, "--out", str(out)])
     err = capsys.readouterr().err
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert not list(tmp_path.iterdir()), "nothing is left behind"
@@ -333,7 +351,7 @@ def test_text_that_cannot_be_used(capsys, tmp_path, texts, text, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--vision", "nowhere"], "no vision tower 'nowhere'"),
+        (["--vision", "nowhere"], "no vision encoder 'nowhere'"),
         (["--vision", "random:huge"], "takes micro, 300m, 6b, or NAME=SIZE"),
         (["--vision", "random:hidden_size=0"], "got 'hidden_size=0'"),
         (["--vision", "random:hidden_size=33"], "vision hidden_size 33 is no multiple"),
@@ -348,7 +366,7 @@ def test_text_that_cannot_be_used(capsys, tmp_path, texts, text, message):
 )
 def test_options_that_do_not_fit(capsys, tmp_path, texts, words, message):
     out = tmp_path / "out"
-    given = ["--variant", "x", "--text", str(texts / "right"), "--vision", TOWER, "--out", str(out)]
+    given = ["--variant", "x", "--text", str(texts / "right"), "--vision", VISION_ENCODER, "--out", str(out)]
     code = main(["init", *given, *words])
     err = capsys.readouterr().err
     assert code == 2 and message in err and err.count("\n") == 1, err
@@ -363,7 +381,7 @@ def test_out_is_written_whole_or_not_at_all(capsys, tmp_path, texts, monkeypatch
         "--text",
         str(texts / "right"),
         "--vision",
-        TOWER,
+        VISION_ENCODER,
         "--out",
         str(tmp_path / "out"),
     ]
@@ -387,7 +405,7 @@ def test_out_is_written_whole_or_not_at_all(capsys, tmp_path, texts, monkeypatch
 
 
 def test_a_folder_that_filled_up_meanwhile(tmp_path, texts):
-    made = assemble("d", texts / "right", TOWER)
+    made = assemble("d", texts / "right", VISION_ENCODER)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="not empty"):
@@ -422,7 +440,7 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def made_x():
-    return assemble("x", "smollm2", TOWER)
+    return assemble("x", "smollm2", VISION_ENCODER)
 
 
 def test_smollm2_token_for_token(smollm2, made_x):

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from nvlm_runtime.checkpoint import joined
 from nvlm_runtime.checkpoint.assembly import assemble
-from nvlm_runtime.checkpoint.backbone import backbone_digest
 from nvlm_runtime.checkpoint.joined import save_without_text_model, whole_folder
+from nvlm_runtime.checkpoint.sources import text_model_digest
 from nvlm_runtime.checkpoint.weights import load
 from nvlm_runtime.engine.nvlm import NVLM
 from tests.checkpoint.backbones import save_text_model, text_model
 
-TOWER = "random:hidden_size=64,image_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=96"
+VISION_ENCODER = "random:hidden_size=64,image_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=96"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(params="xh")
 def trained(request, text):
-    assembly = assemble(request.param, text, TOWER, layers=(0, 2), ffn="swiglu", dtype=torch.bfloat16)
+    assembly = assemble(request.param, text, VISION_ENCODER, layers=(0, 2), ffn="swiglu", dtype=torch.bfloat16)
     for parameter in assembly.model.parameters():
         if parameter.shape == (1,):  # gates
             parameter.data.fill_(0.5)
@@ -69,7 +69,7 @@ def test_what_does_not_fit(trained, text, tmp_path):
     other = save_text_model(text_model("llama", num_hidden_layers=5), tmp_path / "other")
     for named, said in (
         ({"name": str(other)}, "was trained beside another"),
-        ({"name": str(other), "sha256": backbone_digest(other)}, "their configs differ"),
+        ({"name": str(other), "sha256": text_model_digest(other)}, "their configs differ"),
         ({"name": str(tmp_path / "nowhere")}, "no text model .*nowhere"),
         ({"name": 5}, "must give 'name' and 'sha256'"),
     ):
@@ -127,7 +127,7 @@ def test_another_process_may_be_first(trained, text, tmp_path, monkeypatch):
 
 
 def test_d_is_nothing_without_its_text_model(text, tmp_path):
-    assembly = assemble("d", text, TOWER)
+    assembly = assemble("d", text, VISION_ENCODER)
     with pytest.raises(ValueError, match="NVLM-D"):
         save_without_text_model(assembly.model, text, tmp_path / "part")
     assert not names_in(tmp_path)

@@ -20,7 +20,7 @@ from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.model.adapter import AdaptedLinear
 from nvlm_runtime.model.model import NVLMModel
 from tests.checkpoint.backbones import save_text_model, text_model
-from tests.checkpoint.test_assembly import IDS, RECEIPT, TOWER, picture
+from tests.checkpoint.test_assembly import IDS, RECEIPT, VISION_ENCODER, picture
 from tests.small import CONFIGS, micro_tokenizer, randomise, small_model
 
 ALL = {"d": ("vision", "projector", "decoder"), "x": ("vision", "projector", "cross", "decoder")}
@@ -47,7 +47,7 @@ def text(request, tmp_path_factory):
 
 
 def made(text, variant="x"):
-    new = assemble(variant, text[1], TOWER)
+    new = assemble(variant, text[1], VISION_ENCODER)
     return NVLM(new.model, new.tokenizer, native=False)
 
 
@@ -325,7 +325,10 @@ def test_cli(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((["tower"], 2, 4), "'tower' is no part of this model that can be adapted: expected vision, projector, cross"),
+        (
+            (["encoder"], 2, 4),
+            "'encoder' is no part of this model that can be adapted: expected vision, projector, cross",
+        ),
         ((["decoder.qkv_proj"], 2, 4), "'decoder.qkv_proj' is no part"),
         ((["decoder", "cross.fc1"], 2, 4), "'cross.fc1' is no part"),
         ((["decoder.lm_head"], 2, 4), "'decoder.lm_head' is no part"),

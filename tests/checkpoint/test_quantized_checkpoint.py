@@ -21,7 +21,7 @@ from tests.training.test_trainer import recipe_of
 SCHEMES = [{"vision": "int8_dynamic"}, {"decoder": "int4", "cross": "int8", "head": "int8"}]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=["tower", "weights"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=["vision encoder", "weights"])
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
 def test_saved_and_loaded_it_answers_bit_for_bit(tmp_path, variant, scheme):
     scheme = {part: method for part, method in scheme.items() if (part, variant) != ("cross", "d")}

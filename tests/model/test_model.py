@@ -179,11 +179,11 @@ def test_image_keys_are_computed_once_an_image(variant, monkeypatch):
     for layer in layers:
         original = layer.keys_values
         monkeypatch.setattr(layer, "keys_values", lambda *given, f=original: calls.append(given) or f(*given))
-    towers = []
+    encoded = []
     original_encode = model.model.encode
-    monkeypatch.setattr(model.model, "encode", lambda pixels: towers.append(len(pixels)) or original_encode(pixels))
+    monkeypatch.setattr(model.model, "encode", lambda pixels: encoded.append(len(pixels)) or original_encode(pixels))
     model.generate("What is it?", [picture((96, 64))], max_new_tokens=10, ignore_eos=True)
-    assert len(calls) == len(layers) and towers == [7]
+    assert len(calls) == len(layers) and encoded == [7]
 
 
 def test_a_text_row_in_a_mixed_batch_is_exactly_the_text_model():

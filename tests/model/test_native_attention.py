@@ -55,7 +55,7 @@ def spans(batch, queries, keys, seed=0):
 
 SHAPES = {  # B, T, S, H, Hkv, D
     "one element": (1, 1, 1, 1, 1, 1),
-    "a tile of the 300M tower": (1, 1025, 1025, 2, 2, 64),
+    "a tile of the 300M vision encoder": (1, 1025, 1025, 2, 2, 64),
     "heads of 128": (1, 257, 300, 5, 5, 128),
     "a block less one": (2, 47, 127, 3, 1, 16),
     "a block": (2, 48, 128, 3, 1, 32),

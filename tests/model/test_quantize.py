@@ -1,4 +1,6 @@
-"""int8 linears of the tower: the formula in fp64, how far it may lie from the float layer, and what is refused."""
+"""int8 linears of the vision encoder: the formula in fp64, how far it may lie from the float layer, and what is
+refused.
+"""
 
 from dataclasses import replace
 
@@ -88,19 +90,19 @@ def test_any_leading_shape(shape):
 
 @pytest.mark.parametrize("flavour", ["6b", "300m"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_tower_stays_near(flavour, dtype):
+def test_vision_encoder_stays_near(flavour, dtype):
     config = replace(VISION, image_size=128)
     if flavour == "300m":
         config = replace(config, norm_type="layer_norm", qk_normalization=False, qkv_bias=True, num_dummy_heads=0)
-    tower = randomise(InternViT(config)).to(dtype)
+    vision_encoder = randomise(InternViT(config)).to(dtype)
     pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
-        want = tower(pixels).flatten(1).double()
-        quantize(tower, {"vision": "int8_dynamic"})
-        out = tower(pixels)
-    layers = [module for module in tower.modules() if isinstance(module, Int8DynamicLinear)]
+        want = vision_encoder(pixels).flatten(1).double()
+        quantize(vision_encoder, {"vision": "int8_dynamic"})
+        out = vision_encoder(pixels)
+    layers = [module for module in vision_encoder.modules() if isinstance(module, Int8DynamicLinear)]
     assert len(layers) == 4 * config.num_hidden_layers
-    assert not any(isinstance(module, nn.Linear) for module in tower.modules())
+    assert not any(isinstance(module, nn.Linear) for module in vision_encoder.modules())
     assert out.dtype == dtype
     cosine = F.cosine_similarity(out.flatten(1).double(), want)
     assert (cosine > 0.999).all() and (cosine < 1 - 1e-9).all()
@@ -130,18 +132,18 @@ def test_rejects():
         Int8DynamicLinear.of(nn.Linear(8, 5, device="meta"))
 
 
-def test_a_tower_is_quantised_whole_once_or_not_at_all():
-    tower = randomise(InternViT(VISION))
+def test_a_vision_encoder_is_quantised_whole_once_or_not_at_all():
+    vision_encoder = randomise(InternViT(VISION))
     with pytest.raises(ValueError, match="vision can be int8_dynamic, got 'int4'"):
-        quantize(tower, {"vision": "int4"})
-    tower.encoder.layers[1].mlp.fc2.weight.data[0, 0] = float("inf")
+        quantize(vision_encoder, {"vision": "int4"})
+    vision_encoder.encoder.layers[1].mlp.fc2.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="finite"):
-        quantize(tower, {"vision": "int8_dynamic"})
-    assert not any(isinstance(module, Int8DynamicLinear) for module in tower.modules()), "all or none"
-    tower.encoder.layers[1].mlp.fc2.weight.data[0, 0] = 0
-    quantize(tower, {"vision": "int8_dynamic"})
+        quantize(vision_encoder, {"vision": "int8_dynamic"})
+    assert not any(isinstance(module, Int8DynamicLinear) for module in vision_encoder.modules()), "all or none"
+    vision_encoder.encoder.layers[1].mlp.fc2.weight.data[0, 0] = 0
+    quantize(vision_encoder, {"vision": "int8_dynamic"})
     with pytest.raises(ValueError, match="no floating linears in vision"):
-        quantize(tower, {"vision": "int8_dynamic"})
+        quantize(vision_encoder, {"vision": "int8_dynamic"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -49,11 +49,11 @@ def test_block_is_the_published_one(dummy_heads):
 
 
 def test_class_token_is_dropped_and_there_is_no_final_norm():
-    tower = randomise(InternViT(VISION))
+    vision_encoder = randomise(InternViT(VISION))
     pixels = torch.randn(2, 3, 32, 32)
-    x, _ = tower.encoder(tower.embeddings(pixels))
+    x, _ = vision_encoder.encoder(vision_encoder.embeddings(pixels))
     assert x.shape == (2, 17, VISION.hidden_size)
-    assert torch.equal(tower(pixels), x[:, 1:])
+    assert torch.equal(vision_encoder(pixels), x[:, 1:])
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
@@ -75,12 +75,12 @@ def test_patch_embedding_is_a_convolution():
 
 
 def test_a_tile_does_not_depend_on_its_batch():
-    tower = randomise(InternViT(VISION))
+    vision_encoder = randomise(InternViT(VISION))
     pixels = torch.randn(5, 3, 32, 32)
-    together = tower(pixels)
+    together = vision_encoder(pixels)
     for i in range(5):
-        torch.testing.assert_close(tower(pixels[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-5)
-        embedding = tower.embeddings.patch_embedding
+        torch.testing.assert_close(vision_encoder(pixels[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-5)
+        embedding = vision_encoder.embeddings.patch_embedding
         assert torch.equal(embedding(pixels[i : i + 1])[0], embedding(pixels)[i]), "bit for bit"
 
 
@@ -168,16 +168,16 @@ def test_attention_with_amx_stays_bf16(monkeypatch):
 
 
 @pytest.mark.parametrize("flavour", ["6b", "300m"])
-def test_bf16_tower_is_as_exact_as_eager(no_amx, flavour):
+def test_bf16_vision_encoder_is_as_exact_as_eager(no_amx, flavour):
     config = replace(VISION, image_size=128)  # 257 tokens
     if flavour == "300m":
         config = replace(config, norm_type="layer_norm", qk_normalization=False, qkv_bias=True, num_dummy_heads=0)
-    tower = randomise(InternViT(config)).bfloat16()
+    vision_encoder = randomise(InternViT(config)).bfloat16()
     pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    with_gradient = tower(pixels).detach()  # autograd keeps torch's bf16 attention
+    with_gradient = vision_encoder(pixels).detach()  # autograd keeps torch's bf16 attention
     with torch.no_grad():
-        out = tower(pixels)
-        want = tower.double()(pixels.double())
+        out = vision_encoder(pixels)
+        want = vision_encoder.double()(pixels.double())
     assert not torch.equal(out, with_gradient)
     error, eager_error = ((t.double() - want).square().mean().sqrt() for t in (out, with_gradient))
     assert error <= 1.1 * eager_error  # the roundings around attention are alike and random

@@ -202,7 +202,7 @@ def test_micro_models_still_read(kind):
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        ({"tower": "int8"}, "part must be one of vision, decoder, cross, head, got 'tower'"),
+        ({"encoder": "int8"}, "part must be one of vision, decoder, cross, head, got 'encoder'"),
         ({"decoder": "int3"}, "decoder can be int8, int4, got 'int3'"),
         ({"vision": "int4"}, "vision can be int8_dynamic, got 'int4'"),
         ({"cross": "int8"}, "the model has no floating linears in cross"),

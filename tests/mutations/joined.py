@@ -1,10 +1,10 @@
 TESTS = ("tests/checkpoint/test_joined.py",)
-FILE, BACKBONE = "nvlm_runtime/checkpoint/joined.py", "nvlm_runtime/checkpoint/backbone.py"
+FILE, SOURCES = "nvlm_runtime/checkpoint/joined.py", "nvlm_runtime/checkpoint/sources.py"
 ASSEMBLY = "nvlm_runtime/checkpoint/assembly.py"
 MUTATIONS = [
-    (FILE, "if (found := backbone_digest(text)) != text_digest:", "if False:", "any text model will do"),
+    (FILE, "if (found := text_model_digest(text)) != text_digest:", "if False:", "any text model will do"),
     (
-        BACKBONE,
+        SOURCES,
         '[path / "config.json", *sorted(path.glob("*.safetensors"))]',
         '[path / "config.json"]',
         "no weights in the hash",

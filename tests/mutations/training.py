@@ -39,8 +39,8 @@ MUTATIONS = [
     (TRAINER, "        self._cut_metrics()\n", "", "lines of lost steps stay"),
     (
         OBJECTIVE,
-        "with torch.set_grad_enabled(tower_learns(self.model)):",
+        "with torch.set_grad_enabled(vision_learns(self.model)):",
         "with torch.set_grad_enabled(False):",
-        "the tower never learns",
+        "the vision encoder never learns",
     ),
 ]

@@ -32,7 +32,7 @@ MUTATIONS = [
         FILE,
         "F.gelu(self.fc1(self.group.spread(x)))",
         'F.gelu(self.fc1(self.group.spread(x)), approximate="tanh")',
-        "trap 6: GELU by tanh in the tower",
+        "trap 6: GELU by tanh in the vision encoder",
     ),
     (
         SHUFFLE,

@@ -114,7 +114,7 @@ def test_gradients_and_two_steps_are_one_process_s(request, learnt, size, index)
 
 
 def test_collectives_are_those_the_docstrings_name(two):
-    """Two all-reduces a layer; in the tower two and one of two numbers a row, and never a gather of q or k."""
+    """Two all-reduces a layer; in the vision encoder two and one of two numbers a row, and never a gather of q or k."""
     for rank in two:
         found = rank["collectives", "heads"]
         assert found["encode"] == {("all_reduce", 100): 2 * 2, ("all_reduce", 2): 2}
@@ -154,7 +154,7 @@ def test_ranks_hold_the_published_models_between_them(name, split):
             assert covered[tensor] == copies * real, tensor
         total = sum(torch.Size(entry.shape).numel() for entry in entries.values())
         if name == "nvlm-d-72b":
-            assert total == 79_379_593_344  # as published, the tower's 7 dummy heads among them
+            assert total == 79_379_593_344  # as published, the vision encoder's 7 dummy heads among them
         assert sizes(PRESETS[name])[:4] == [1, 2, 4, 8] if "72b" in name else True
 
 

@@ -34,7 +34,7 @@ def answers(model: NVLM) -> tuple[list[list[int]], Tensor]:
 
 
 def gradients(folder: Path, group: Group = SOLO) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """In fp64: the gradients of every parameter, tower included, and the parameters after two steps of AdamW."""
+    """In fp64: the gradients of every parameter, vision included, and the parameters after two steps of AdamW."""
     engine = load(folder, group=group, vision_split="heads")
     prepared = engine.prepare("What is it?", [LARGE])
     model = engine.model.double().train()

@@ -34,10 +34,10 @@ def batch_of(folder, config):
     return pack([filled], config)
 
 
-def counted(model, batch, tower_learns: bool) -> int:
+def counted(model, batch, vision_learns: bool) -> int:
     """Of products with weights, by torch: all but those of attention, which have a batch dimension or an op."""
     with FlopCounterMode(display=False) as counter:
-        with torch.set_grad_enabled(tower_learns):
+        with torch.set_grad_enabled(vision_learns):
             features = [model.encode(tiles) for tiles in batch.pixel_values]
         hidden = model(batch.input_ids, batch.layouts, features, batch.documents)
         token_loss(model.language_model, hidden, batch.labels, None).backward()

@@ -59,7 +59,7 @@ def loss_and_gradients(model, batch):
     ("variant", "positions"), [("d", None), *((v, p) for v in "xh" for p in ("none", "sinusoidal"))]
 )
 def test_packed_is_unpacked(tmp_path, variant, positions):
-    """In fp64, the tower's gradients among them; the documents alone go through the path without packing."""
+    """In fp64, the vision encoder's gradients among them; the documents alone go through the path without packing."""
     model = (
         small_model(variant, **({} if variant == "d" else {"positions": positions, "ffn": "swiglu"})).double().train()
     )

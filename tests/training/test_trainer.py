@@ -85,7 +85,7 @@ def test_the_recipes_are_the_papers():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_tower_learns_where_it_is_asked_to(tmp_path, variant):
+def test_a_vision_encoder_learns_where_it_is_asked_to(tmp_path, variant):
     """The published recipes freeze it."""
     trainer = Trainer(recipe_of(tmp_path, variant, train='["vision"]', steps=2, warmup=0), log=quiet)
     before = {n: p.clone() for n, p in trainer.model.state_dict().items()}
@@ -297,7 +297,7 @@ def test_a_bad_row_ends_the_run_and_keeps_its_steps(tmp_path, monkeypatch):
         (["steps=2.5"], "recipe: steps must be int, got 2.5"),
         (["steps=0"], "recipe: steps must be at least 1, got 0"),
         (["warmup=20"], r"warmup \(20 steps\) must end before the 20 steps do"),
-        (['train=["tower"]'], "train may name vision, projector, cross, decoder, got tower"),
+        (['train=["encoder"]'], "train may name vision, projector, cross, decoder, got encoder"),
         (["lr_min=1"], "0 <= lr_min <= lr"),
         (["train=[]"], "train and lora name no part"),
         (['lora=["decoder.q_proj"]'], "decoder cannot learn both whole and by adapters"),
