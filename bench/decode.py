@@ -25,7 +25,7 @@ from bench import report
 from bench.card import READ_BYTES
 from bench.llama_peer import KINDS, LlamaRow, write_gguf
 from bench.synthetic import SHAPES, random_model, shape_config
-from nvlm_kernels.native import library
+from nvlm_kernels.native import load_library
 from nvlm_runtime.engine.native import NativeDecoder
 from nvlm_runtime.engine.step_bytes import StepBytes, step_bytes
 from nvlm_runtime.model.cache import KVCache
@@ -44,7 +44,7 @@ class Routes:
     def __init__(self, model: NVLMModel, capacity: int, most: int, names: list[str]):
         self.config, self.dtype = model.config, model.language_model.embed_tokens.weight.dtype
         self.decoder = model.language_model
-        self.library = library()
+        self.library = load_library()
         self.cache = KVCache.allocate(model.config.text, most, capacity, CPU, self.dtype)
         self.cache.k.normal_()
         self.cache.v.normal_()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.report import table, write
-from nvlm_kernels.native import library
+from nvlm_kernels.native import load_library
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.engine.native import use_library
 from nvlm_runtime.model.linear import replace_linears
@@ -115,7 +115,7 @@ def main() -> None:
     bf16 = InternViT(config).bfloat16().eval()
     int8, pixels = copy.deepcopy(bf16), torch.randn(1, 3, 448, 448).bfloat16()
     quantize(int8, {"vision": "int8_dynamic"})
-    plain, found = eager(bf16), library()
+    plain, found = eager(bf16), load_library()
     replace_linears(bf16)
     for vision_encoder in (bf16, int8):
         use_library(vision_encoder, found)

@@ -1,5 +1,6 @@
-"""What a CPU runs in C++: the decoding step, attention, the passes around int8 products. Built by the machine's own
-compiler when it is first asked for.
+"""C++ for CPUs: a decode step, attention, and the passes around int8 products.
+
+The compiler of the machine builds the library when it is first needed.
 """
 
 from nvlm_kernels.native.attention import MAX_HEAD_DIM, native_attention
@@ -12,15 +13,15 @@ from nvlm_kernels.native.library import (
     KIND_INT4,
     KIND_INT8,
     BuildError,
-    Cache,
-    Layer,
-    Matrix,
-    Model,
-    Native,
-    Step,
+    NativeCache,
+    NativeLayer,
+    NativeLibrary,
+    NativeMatrix,
+    NativeModel,
+    NativeStep,
     default_folder,
-    is_default,
-    library,
+    is_available,
+    load_library,
 )
 
 __all__ = [
@@ -32,15 +33,15 @@ __all__ = [
     "KIND_INT8",
     "MAX_HEAD_DIM",
     "BuildError",
-    "Cache",
-    "Layer",
-    "Matrix",
-    "Model",
-    "Native",
-    "Step",
+    "NativeCache",
+    "NativeLayer",
+    "NativeLibrary",
+    "NativeMatrix",
+    "NativeModel",
+    "NativeStep",
     "default_folder",
-    "is_default",
-    "library",
+    "is_available",
+    "load_library",
     "native_attention",
     "quantize_rows",
     "scale_products",

@@ -139,7 +139,7 @@ template <int KIND>
 void attend(const float* q, const Cache& cache, int64_t base, int64_t n, int64_t G, int64_t D, float scale, float* part,
             Next& ahead) {
     const void *k = cache.k, *v = cache.v;
-    const int64_t stride = cache.stride_slot;
+    const int64_t stride = cache.stride_position;
     while (G > 0) {
         const int64_t some = G >= 8 ? 8 : G == 7 ? 7 : G >= 4 ? 4 : G >= 2 ? 2 : 1;
         switch (some) {
@@ -168,7 +168,7 @@ struct Seen {
         return std::max<int64_t>(0, std::min(CHUNK, ends[slice / chunks()] - start(slice)));
     }
     int64_t base(int64_t slice) const {
-        return layer * cache.stride_layer + slice / chunks() * cache.stride_row + start(slice) * cache.stride_slot;
+        return layer * cache.stride_layer + slice / chunks() * cache.stride_row + start(slice) * cache.stride_position;
     }
     // The keys and values of a chunk, of all heads.
     Next memory(int64_t slice) const {
@@ -177,7 +177,7 @@ struct Seen {
         out.num = 2;
         out.at[0] = static_cast<const char*>(cache.k) + base(slice) * bytes;
         out.at[1] = static_cast<const char*>(cache.v) + base(slice) * bytes;
-        out.left = num(slice) * cache.stride_slot * bytes;
+        out.left = num(slice) * cache.stride_position * bytes;
         return out;
     }
     // The next chunk from `slice` on that has keys, of the tasks before `last`; `then` where there is none.

@@ -52,7 +52,7 @@ void rotate_and_keep(const Model& m, const Step& step, int64_t layer, float* qkv
 #pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < step.rows; b++) {
         if (!step.active[b]) continue;
-        const int64_t slot = layer * cache.stride_layer + b * cache.stride_row + step.position[b] * cache.stride_slot;
+        const int64_t slot = layer * cache.stride_layer + b * cache.stride_row + step.position[b] * cache.stride_position;
         float* row = qkv + b * ld;
         for (int64_t i = 0; i < half; i++) {
             const float angle = float(step.position[b]) * m.inv_freq[i];

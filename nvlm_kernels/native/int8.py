@@ -1,18 +1,21 @@
-"""The passes around an int8 product on a CPU, through int8.cpp: rows to int8, products to what they stand for.
+"""The passes around an int8 matrix product on a CPU (int8.cpp): quantise the rows, scale the products.
 
     scale[m] = max_k |x[m, k]| / 127          q[m, k] = round(x[m, k] / scale[m])
     y[m, l] = products[m, l] * scale_x[m] * scale_w[l] + bias[l]
 
-M rows, K in features, L out features. No backward. Bound: bytes; one pass each, where torch takes six and four.
+M rows, K input features, L output features. No gradients.
+Bound: memory; one pass each, where torch makes six and four.
 """
 
 import torch
 from torch import Tensor
 
-from nvlm_kernels.native.library import Native
+from nvlm_kernels.native.library import NativeLibrary
+
+Expected = tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]  # a tensor, its shape, its dtypes
 
 
-def _check(name: str, **tensors: tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]) -> None:
+def _check(name: str, **tensors: Expected) -> None:
     for what, (t, shape, dtypes) in tensors.items():
         if t.shape != shape or t.dtype not in dtypes or t.device.type != "cpu" or not t.is_contiguous():
             kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -21,9 +24,18 @@ def _check(name: str, **tensors: tuple[Tensor, tuple[int, ...], tuple[torch.dtyp
             )
 
 
-def quantize_rows(library: Native, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: bf16 or fp32 [M, K], contiguous on the CPU. Returns int8 [M, K] in -127..127 and fp32 scales [M]. A row that
-    holds inf or nan is 0 with a scale of nan. Raises ValueError for other shapes, dtypes and devices.
+def quantize_rows(library: NativeLibrary, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises each row to int8 with its own scale.
+
+    Args:
+        library: As `load_library` returns it.
+        x: bf16 or fp32 [M, K], contiguous, on the CPU.
+
+    Returns:
+        int8 [M, K] within -127..127, and scales fp32 [M]. A row with an inf or a NaN is 0 with a scale of NaN.
+
+    Raises:
+        ValueError: A shape, dtype or device is wrong.
     """
     if x.dim() != 2:
         raise ValueError(f"quantize_rows: expected x [M, K], got {list(x.shape)}")
@@ -38,18 +50,34 @@ def quantize_rows(library: Native, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_products(
-    library: Native, products: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None, out: Tensor
+    library: NativeLibrary, products: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    """Writes y into `out`, bf16 or fp32 [M, L]. products: int32 [M, L]. scale_x: fp32 [M]. scale_w, bias: fp32 [L]. All
-    contiguous on the CPU. Raises ValueError for other shapes, dtypes and devices.
+    """Writes products * scale_x * scale_w + bias into `out`. All tensors are contiguous and on the CPU.
+
+    Args:
+        library: As `load_library` returns it.
+        products: int32 [M, L].
+        scale_x: Scales of the activations' rows, fp32 [M].
+        scale_w: Scales of the weights' rows, fp32 [L].
+        bias: fp32 [L] or None.
+        out: bf16 or fp32 [M, L], overwritten.
+
+    Raises:
+        ValueError: A shape, dtype or device is wrong.
     """
     if products.dim() != 2:
         raise ValueError(f"scale_products: expected products [M, L], got {list(products.shape)}")
     rows, cols = products.shape
-    only = (torch.float32,)
-    given = {"products": (products, (rows, cols), (torch.int32,)), "out": (out, (rows, cols), (torch.bfloat16, *only))}
-    given |= {"scale_x": (scale_x, (rows,), only), "scale_w": (scale_w, (cols,), only)}
-    _check("scale_products", **given, **({} if bias is None else {"bias": (bias, (cols,), only)}))
+    fp32 = (torch.float32,)
+    expected: dict[str, Expected] = {
+        "products": (products, (rows, cols), (torch.int32,)),
+        "out": (out, (rows, cols), (torch.bfloat16, torch.float32)),
+        "scale_x": (scale_x, (rows,), fp32),
+        "scale_w": (scale_w, (cols,), fp32),
+    }
+    if bias is not None:
+        expected["bias"] = bias, (cols,), fp32
+    _check("scale_products", **expected)
     library.dll.nvlm_scale_products(
         products.data_ptr(),
         scale_x.data_ptr(),

@@ -1,8 +1,8 @@
-"""Builds the C++ beside it with the machine's compiler, once, and loads it.
+"""Builds the C++ files of this folder once, with the machine's compiler, and loads the result.
 
-The library is kept in a folder under a name that is the hash of everything it came from: source, compiler, flags and
-the CPU it was built for. It is loaded only if its bytes are still those that were built. torch has loaded its OpenMP
-runtime by then, and the library finds that one under the same name: one pool of threads.
+The library's file name is the hash of everything it depends on: sources, compiler, flags and CPU. A second file holds
+the hash of the library's bytes; a damaged library is built again. torch has already loaded its OpenMP runtime, and the
+library links to the same one, so both share one pool of threads.
 """
 
 import ctypes
@@ -24,14 +24,29 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
 
 KIND_F32, KIND_BF16, KIND_INT8, KIND_INT4 = range(4)
-GROUP, BLOCK = 32, 128  # int4 weights that share a scale, and that fill 64 bytes
+GROUP, BLOCK = 32, 128  # int4 weights per scale, and int4 weights in 64 bytes
 
 
 class BuildError(OSError):
-    """There is no compiler, or it failed."""
+    """No C++ compiler was found, or it failed."""
 
 
-class Matrix(ctypes.Structure):
+# The structures below mirror model.h, field by field. Pointers are addresses of memory that the caller keeps alive.
+
+
+class NativeMatrix(ctypes.Structure):
+    """Weights of one linear layer, as torch stores them: [rows, cols].
+
+    Attributes:
+        data: Address of the weights, [rows, cols] of `kind`.
+        scale: Address of the scales: int8 fp32 [rows], int4 bf16 [rows, cols / GROUP]; else null.
+        bias: Address of the bias, fp32 [rows], or null.
+        rows: Number of output features.
+        cols: Number of input features.
+        kind: KIND_F32, KIND_BF16, KIND_INT8 or KIND_INT4.
+        parts: Number of 16-bit integers per activation, 1 or 2; used for int8 and int4 only.
+    """
+
     _fields_ = [
         ("data", c_void_p),
         ("scale", c_void_p),
@@ -43,30 +58,54 @@ class Matrix(ctypes.Structure):
     ]
 
 
-class Layer(ctypes.Structure):
+class NativeLayer(ctypes.Structure):
+    """One decoder layer and the gated cross-attention layer beside it, if any.
+
+    Attributes:
+        input_norm, post_norm, cross_norm, ffn_norm: Addresses of norm weights, fp32 [hidden].
+        qkv, o, gate_up, down: Linear layers of self-attention and of the feed-forward part.
+        cross: Index of the gated cross-attention layer in the image cache, or -1.
+        before: 1 if the gated layer runs before self-attention, 0 if it runs after it.
+        ffn: Feed-forward part of the gated layer: 0 none, 1 SwiGLU, 2 GELU.
+        cross_q, cross_o, ffn_in, ffn_up, ffn_out: Linear layers of the gated layer.
+        gate, ffn_gate: tanh of the gate parameters.
+    """
+
     _fields_ = [
         ("input_norm", c_void_p),
         ("post_norm", c_void_p),
-        ("qkv", Matrix),
-        ("o", Matrix),
-        ("gate_up", Matrix),
-        ("down", Matrix),
+        ("qkv", NativeMatrix),
+        ("o", NativeMatrix),
+        ("gate_up", NativeMatrix),
+        ("down", NativeMatrix),
         ("cross", c_int32),
         ("before", c_int32),
         ("ffn", c_int32),
         ("cross_norm", c_void_p),
         ("ffn_norm", c_void_p),
-        ("cross_q", Matrix),
-        ("cross_o", Matrix),
-        ("ffn_in", Matrix),
-        ("ffn_up", Matrix),
-        ("ffn_out", Matrix),
+        ("cross_q", NativeMatrix),
+        ("cross_o", NativeMatrix),
+        ("ffn_in", NativeMatrix),
+        ("ffn_up", NativeMatrix),
+        ("ffn_out", NativeMatrix),
         ("gate", c_float),
         ("ffn_gate", c_float),
     ]
 
 
-class Model(ctypes.Structure):
+class NativeModel(ctypes.Structure):
+    """A decoder.
+
+    Attributes:
+        num_layers, hidden, heads, kv_heads, head_dim, vocab: Sizes.
+        eps: Epsilon of all RMS norms.
+        rope_scale: Factor on the cosines and sines of the rotary embedding.
+        norm: Address of the final norm's weight, fp32 [hidden].
+        inv_freq: Address of the rotary frequencies, fp32 [head_dim / 2].
+        embed, head: Token embedding and output head.
+        layers: Array of `num_layers` layers.
+    """
+
     _fields_ = [
         ("num_layers", c_int64),
         ("hidden", c_int64),
@@ -78,73 +117,107 @@ class Model(ctypes.Structure):
         ("rope_scale", c_float),
         ("norm", c_void_p),
         ("inv_freq", c_void_p),
-        ("embed", Matrix),
-        ("head", Matrix),
-        ("layers", POINTER(Layer)),
+        ("embed", NativeMatrix),
+        ("head", NativeMatrix),
+        ("layers", POINTER(NativeLayer)),
     ]
 
 
-class Cache(ctypes.Structure):
+class NativeCache(ctypes.Structure):
+    """Keys and values [layers, B, S, Hkv, D]; the last two axes are dense.
+
+    Attributes:
+        k, v: Addresses.
+        stride_layer, stride_row, stride_position: Strides in elements. A row is one request of the batch.
+        kind: KIND_F32 or KIND_BF16.
+    """
+
     _fields_ = [
         ("k", c_void_p),
         ("v", c_void_p),
         ("stride_layer", c_int64),
         ("stride_row", c_int64),
-        ("stride_slot", c_int64),
+        ("stride_position", c_int64),
         ("kind", c_int32),
     ]
 
 
-class Step(ctypes.Structure):
+class NativeStep(ctypes.Structure):
+    """Inputs and outputs of one decode step.
+
+    Attributes:
+        rows: B, number of requests; the caches have the same.
+        token, position: Addresses of int64 [B].
+        intervals: Address of int64 [B, 2], the image keys that each row sees, or null if no row sees an image.
+        active: Address of bool [B].
+        cache, cross: Caches of self-attention and of the image keys.
+        logits: Address of the output, fp32 [B, vocab].
+        scratch: Address of `nvlm_scratch` floats of working memory.
+    """
+
     _fields_ = [
         ("rows", c_int64),
         ("token", c_void_p),
         ("position", c_void_p),
         ("intervals", c_void_p),
         ("active", c_void_p),
-        ("cache", Cache),
-        ("cross", Cache),
+        ("cache", NativeCache),
+        ("cross", NativeCache),
         ("logits", c_void_p),
         ("scratch", c_void_p),
     ]
 
 
 @dataclass(frozen=True)
-class Native:
-    """The loaded library. built: whether the compiler had to run for it."""
+class NativeLibrary:
+    """The loaded library.
+
+    Attributes:
+        dll: Its C functions.
+        path: The shared library's file.
+        built: Whether the compiler ran for this load.
+    """
 
     dll: ctypes.CDLL
     path: Path
     built: bool
 
     @property
-    def attention(self) -> int:
-        """Of `native_attention` on this CPU: 0 there is none, 1 products in fp32, 2 in bf16 too."""
+    def attention_level(self) -> int:
+        """What `native_attention` can do on this CPU: 0 nothing, 1 products in fp32, 2 products in bf16 too."""
         return self.dll.nvlm_attention_level()
 
-    def __deepcopy__(self, memo: dict) -> "Native":
-        """A copy of a model has the same library."""
+    def __deepcopy__(self, memo: dict) -> "NativeLibrary":
+        """Returns the same library: a copied model shares it."""
         return self
 
 
 def default_folder() -> Path:
-    """Where libraries are kept unless another folder is named: the user's cache."""
+    """The folder that keeps built libraries unless the caller names another: the user's cache."""
     return Path.home() / ".cache" / "nvlm-runtime"
 
 
 def find_compiler() -> str | None:
+    """Path of the first C++ compiler found of COMPILERS, or None."""
     return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
-def is_default() -> bool:
-    """Whether a CPU decodes natively unless told otherwise: there is a compiler, and no other path was asked for."""
+def is_available() -> bool:
+    """Whether a CPU can run natively: a compiler exists, and no environment variable selects another path."""
     return not _backend.INTERPRET and not _backend.EAGER and find_compiler() is not None
 
 
-def library(folder: Path | None = None) -> Native:
-    """The library from `folder`, built into it first where it is missing or not whole.
+def load_library(folder: Path | None = None) -> NativeLibrary:
+    """Loads the library, and builds it first if it is missing or damaged.
 
-    Raises BuildError where no compiler is found or it fails.
+    Args:
+        folder: Folder that keeps the built library. Default: `default_folder()`.
+
+    Returns:
+        The loaded library.
+
+    Raises:
+        BuildError: No compiler was found, or it failed.
     """
     folder = default_folder() if folder is None else Path(folder)
     compiler = find_compiler()
@@ -154,13 +227,14 @@ def library(folder: Path | None = None) -> Native:
             "it (native=False, --no-compile)"
         )
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (*(source.read_bytes() for source in (*SOURCES, *HEADERS)), version, repr(FLAGS), _cpu())
-    name = hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:24]
+    parts = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
+    parts += [text.encode() for text in (version, repr(FLAGS), _cpu())]
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     path = folder / f"native-{name}.so"
     built = not _is_whole(path)
     if built:
         _build(compiler, path)
-    return Native(_declare(ctypes.CDLL(str(path))), path, built)
+    return NativeLibrary(_declare(ctypes.CDLL(str(path))), path, built)
 
 
 def _cpu() -> str:
@@ -196,9 +270,9 @@ def _build(compiler: str, path: Path) -> None:
 
 
 def _declare(dll: ctypes.CDLL) -> ctypes.CDLL:
-    dll.nvlm_scratch.argtypes, dll.nvlm_scratch.restype = [POINTER(Model), c_int64, c_int64], c_int64
-    dll.nvlm_step.argtypes, dll.nvlm_step.restype = [POINTER(Model), POINTER(Step), c_int64], None
-    dll.nvlm_linear.argtypes = [POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_int64]
+    dll.nvlm_scratch.argtypes, dll.nvlm_scratch.restype = [POINTER(NativeModel), c_int64, c_int64], c_int64
+    dll.nvlm_step.argtypes, dll.nvlm_step.restype = [POINTER(NativeModel), POINTER(NativeStep), c_int64], None
+    dll.nvlm_linear.argtypes = [POINTER(NativeMatrix), c_int64, c_void_p, c_int64, c_void_p, c_int64]
     dll.nvlm_linear.restype = None
     dll.nvlm_read.argtypes, dll.nvlm_read.restype = [c_void_p, c_int64, c_int64], c_float
     dll.nvlm_attention_level.argtypes, dll.nvlm_attention_level.restype = [], c_int32

@@ -46,7 +46,7 @@ struct Model {
 // Keys and values of one kind (F32 or BF16), strides in elements: [layers, B, S, Hkv, D], the last two dense.
 struct Cache {
     void *k, *v;
-    int64_t stride_layer, stride_row, stride_slot;
+    int64_t stride_layer, stride_row, stride_position;
     int32_t kind;
 };
 

@@ -26,14 +26,16 @@ KINDS = {torch.float32: native.KIND_F32, torch.bfloat16: native.KIND_BF16}
 FFNS = {"none": 0, "swiglu": 1, "gelu4x": 2}
 
 
-def use_library(model: nn.Module, library: native.Native | None) -> None:
+def use_library(model: nn.Module, library: native.NativeLibrary | None) -> None:
     """Lets prompts and tiles go through the library's attention where the CPU has it (`native_attention.takes`), and
     int8 products through its passes; of no library, through what they went before. model: or a vision encoder alone.
     """
     for module in model.modules():
         if isinstance(module, Attention | Int8DynamicLinear):
             module.native = library
-        elif isinstance(module, Decoder) and (library is not None or isinstance(module.attention, native.Native)):
+        elif isinstance(module, Decoder) and (
+            library is not None or isinstance(module.attention, native.NativeLibrary)
+        ):
             module.attention = library or "sdpa"
 
 
@@ -43,7 +45,7 @@ class NativeDecoder:
     Raises ValueError for a decoder that is not on a CPU or whose dtype is neither fp32 nor bf16.
     """
 
-    def __init__(self, decoder: Decoder, library: native.Native):
+    def __init__(self, decoder: Decoder, library: native.NativeLibrary):
         self._dll = library.dll
         self._kept: list[Tensor] = []  # what the pointers below point to
         self._scratch: dict[int, Tensor] = {}
@@ -51,10 +53,10 @@ class NativeDecoder:
         self._parts = 2 if decoder.embed_tokens.weight.dtype == torch.float32 else 1
         config = decoder.config
         freqs, scale = decoder.rotary.frequencies(torch.device("cpu"))
-        self._layers = (native.Layer * config.num_hidden_layers)(
+        self._layers = (native.NativeLayer * config.num_hidden_layers)(
             *(self._layer(layer, decoder, i) for i, layer in enumerate(decoder.layers))
         )
-        self._model = native.Model(
+        self._model = native.NativeModel(
             num_layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -90,14 +92,14 @@ class NativeDecoder:
         """
         rows = len(token)
         with self._lock:
-            step = native.Step(
+            step = native.NativeStep(
                 rows=rows,
                 token=token.data_ptr(),
                 position=position.data_ptr(),
                 intervals=intervals.data_ptr() if intervals is not None else None,
                 active=active.data_ptr(),
                 cache=_cache(cache.k, cache.v),
-                cross=_cache(cross.k, cross.v) if intervals is not None else native.Cache(),
+                cross=_cache(cross.k, cross.v) if intervals is not None else native.NativeCache(),
                 logits=logits.data_ptr(),
                 scratch=self._room(rows, max(cache.capacity, cross.k.shape[2] if intervals is not None else 0)),
             )
@@ -110,9 +112,9 @@ class NativeDecoder:
             self._scratch[rows] = torch.empty(size)
         return self._scratch[rows].data_ptr()
 
-    def _layer(self, layer: Layer, decoder: Decoder, index: int) -> native.Layer:
+    def _layer(self, layer: Layer, decoder: Decoder, index: int) -> native.NativeLayer:
         name = f"layers.{index}"
-        found = native.Layer(
+        found = native.NativeLayer(
             input_norm=self._vector(layer.input_layernorm.weight),
             post_norm=self._vector(layer.post_attention_layernorm.weight),
             qkv=self._linear(f"{name}.qkv_proj", layer.self_attn.qkv_proj),
@@ -127,7 +129,7 @@ class NativeDecoder:
             self._gated(found, layer.cross_attn, f"{name}.cross_attn")
         return found
 
-    def _gated(self, found: native.Layer, cross: GatedCrossAttention, name: str) -> None:
+    def _gated(self, found: native.NativeLayer, cross: GatedCrossAttention, name: str) -> None:
         found.ffn = FFNS[cross.ffn]
         found.cross_norm = self._vector(cross.norm.weight)
         found.cross_q = self._linear(f"{name}.q_proj", cross.q_proj)
@@ -145,7 +147,7 @@ class NativeDecoder:
             found.ffn_in = self._linear(f"{name}.fc1", cross.fc1)
             found.ffn_out = self._linear(f"{name}.fc2", cross.fc2)
 
-    def _linear(self, name: str, linear: nn.Module) -> native.Matrix:
+    def _linear(self, name: str, linear: nn.Module) -> native.NativeMatrix:
         if not isinstance(linear, Int8Linear | Int4Linear):
             return self._matrix(name, linear.weight, linear.bias)
         data, kind = (
@@ -153,11 +155,11 @@ class NativeDecoder:
         )
         self._kept += [data, linear.scale]
         bias = self._vector(linear.bias) if linear.bias is not None else None
-        return native.Matrix(
+        return native.NativeMatrix(
             data.data_ptr(), linear.scale.data_ptr(), bias, linear.out_features, linear.in_features, kind, self._parts
         )
 
-    def _matrix(self, name: str, weight: Tensor, bias: Tensor | None = None) -> native.Matrix:
+    def _matrix(self, name: str, weight: Tensor, bias: Tensor | None = None) -> native.NativeMatrix:
         if weight.device.type != "cpu" or weight.dtype not in KINDS:
             raise ValueError(
                 f"native decoding takes float32 and bfloat16 on a CPU, {name} is {weight.dtype} on {weight.device}"
@@ -167,13 +169,13 @@ class NativeDecoder:
         self._kept.append(weight)
         rows, cols = weight.shape
         at = self._vector(bias) if bias is not None else None
-        return native.Matrix(weight.data_ptr(), None, at, rows, cols, KINDS[weight.dtype], 0)
+        return native.NativeMatrix(weight.data_ptr(), None, at, rows, cols, KINDS[weight.dtype], 0)
 
     def _vector(self, vector: Tensor) -> int:
         self._kept.append(vector.detach().to("cpu", torch.float32, copy=True).contiguous())
         return self._kept[-1].data_ptr()
 
 
-def _cache(k: Tensor, v: Tensor) -> native.Cache:
+def _cache(k: Tensor, v: Tensor) -> native.NativeCache:
     """Of k, v [layers, B, S, Hkv, D], whose last two dimensions are dense."""
-    return native.Cache(k.data_ptr(), v.data_ptr(), *k.stride()[:3], KINDS[k.dtype])
+    return native.NativeCache(k.data_ptr(), v.data_ptr(), *k.stride()[:3], KINDS[k.dtype])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from nvlm_kernels import MAX_DECODE_TOKENS
-from nvlm_kernels.native import Native, is_default, library
+from nvlm_kernels.native import NativeLibrary, is_available, load_library
 from nvlm_runtime.checkpoint.joined import whole_folder
 from nvlm_runtime.checkpoint.lora import load_lora, merge_lora
 from nvlm_runtime.checkpoint.weights import DTYPES, Progress, checkpoint_digest, load
@@ -155,15 +155,15 @@ class NVLM:
         self._watch = CompileWatch()
         self.stages.built = lambda name: self._watch.saw(f"the stage {name!r} was built")
 
-    def _library(self, native: bool | None, folder: str | Path | None) -> Native | None:
+    def _library(self, native: bool | None, folder: str | Path | None) -> NativeLibrary | None:
         alone = self.model.group.size == 1
         if native and not alone:
             raise ValueError("native decoding is one process's: it excludes a tensor-parallel group")
         if native is None:
             native = (
-                is_default() and alone and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16)
+                is_available() and alone and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16)
             )
-        return library(None if folder is None else Path(folder)) if native else None
+        return load_library(None if folder is None else Path(folder)) if native else None
 
     @classmethod
     def load(

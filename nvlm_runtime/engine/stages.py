@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from nvlm_kernels.native import Native
+from nvlm_kernels.native import NativeLibrary
 from nvlm_runtime.engine.native import NativeDecoder
 from nvlm_runtime.engine.rank_sampling import draw_over_ranks
 from nvlm_runtime.engine.sampling import Draw, Sampling
@@ -35,7 +35,7 @@ class Stages:
     may_look = True  # at a value on the device, in the middle of a step
     ahead = False  # whether a step is launched before the host has read what the last one drew
 
-    def __init__(self, model: NVLMModel, deterministic: bool = False, native: Native | None = None):
+    def __init__(self, model: NVLMModel, deterministic: bool = False, native: NativeLibrary | None = None):
         self.model = model
         self.deterministic = deterministic
         self._library = native

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvlm_kernels import MAX_DECODE_TOKENS, decode_attention, rotary, rotary_cache, tile_attention
-from nvlm_kernels.native import Native
+from nvlm_kernels.native import NativeLibrary
 from nvlm_runtime.model import native_attention
 from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.linear import computes_in_fp32
 
-Attention = Literal["sdpa", "flash"] | Native
+Attention = Literal["sdpa", "flash"] | NativeLibrary
 Documents = Sequence[Sequence[tuple[int, int]]]  # spans of a row's tokens, from 0 on without a gap, a row
 
 
@@ -59,7 +59,7 @@ class Past:
         self.lengths = self.mask = None  # slot s holds position s
         if not self.is_causal and num_tokens <= MAX_DECODE_TOKENS:
             self.lengths = (positions[:, -1] + 1).clamp(max=visible)  # rows at rest see all
-        elif isinstance(attention, Native):
+        elif isinstance(attention, NativeLibrary):
             self.intervals = torch.stack([torch.zeros_like(positions), positions + 1], -1)  # [B, T, 2]
 
     def attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], num_heads: int, num_kv_heads: int) -> Tensor:
@@ -76,7 +76,7 @@ class Past:
             return decode_attention(q, k, v, self.lengths)
         if self.is_causal and self.attention == "flash":
             return flash_attention()(q, k, v, causal=True)
-        if isinstance(self.attention, Native) and native_attention.takes(self.attention, q):
+        if isinstance(self.attention, NativeLibrary) and native_attention.takes(self.attention, q):
             return native_attention.attend(self.attention, q, k, v, self.intervals)
         if not self.is_causal and self.mask is None:
             slots = torch.arange(self.visible, device=q.device)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from nvlm_kernels.native import MAX_HEAD_DIM, Native, native_attention
+from nvlm_kernels.native import MAX_HEAD_DIM, NativeLibrary, native_attention
 from nvlm_runtime.model.linear import fp32_is_faster
 
 
-def takes(library: Native | None, q: Tensor) -> bool:
+def takes(library: NativeLibrary | None, q: Tensor) -> bool:
     """Whether `attend` computes q's attention [B, T, H, D]."""
     return (
         library is not None
@@ -32,11 +32,11 @@ def takes(library: Native | None, q: Tensor) -> bool:
         and q.shape[-1] <= MAX_HEAD_DIM
         and not (torch.is_grad_enabled() and q.requires_grad)
         and not (q.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
-        and library.attention > 0
+        and library.attention_level > 0
     )
 
 
-def attend(library: Native, q: Tensor, k: Tensor, v: Tensor, intervals: Tensor | None) -> Tensor:
+def attend(library: NativeLibrary, q: Tensor, k: Tensor, v: Tensor, intervals: Tensor | None) -> Tensor:
     """As `native_attention`, in the precision that this CPU multiplies faster. A profiler sees it by name."""
     in_fp32 = q.dtype == torch.bfloat16 and fp32_is_faster()
     with record_function("native::attention"):

@@ -46,7 +46,7 @@ class Int8DynamicLinear(nn.Module):
         self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8, requires_grad=False))
         self.register_buffer("scale", torch.empty_like(linear.weight[:, 0], dtype=torch.float32, requires_grad=False))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
-        self.native: native.Native | None = None  # the library that makes the passes around the product
+        self.native: native.NativeLibrary | None = None  # the library that makes the passes around the product
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int8DynamicLinear":

@@ -20,7 +20,7 @@ from nvlm_kernels import (
     qk_sum_squares,
     rms_norm,
 )
-from nvlm_kernels.native import Native
+from nvlm_kernels.native import NativeLibrary
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.vision_attention import attend
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         size, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.group, self.width = group, size
         self.num_heads = config.num_attention_heads
-        self.native: Native | None = None  # the library whose attention a CPU takes
+        self.native: NativeLibrary | None = None  # the library whose attention a CPU takes
         self.qkv = nn.Linear(size, 3 * inner, bias=config.qkv_bias)
         self.proj = nn.Linear(inner, size)
         self.qk_normalization = config.qk_normalization

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvlm_kernels.native import Native
+from nvlm_kernels.native import NativeLibrary
 from nvlm_runtime.model import native_attention
 
 MIN_TOKENS = 256  # measured: 257 tokens gain, 65 lose
@@ -42,7 +42,7 @@ def computes_in_fp32(q: Tensor) -> bool:
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, library: Native | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, library: NativeLibrary | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v. q, k, v: [N, H, P, D] of any strides. Returns [N, P, H * D] in their dtype."""
     if native_attention.takes(library, q):
         return native_attention.attend(library, *(t.transpose(1, 2) for t in (q, k, v)), None).flatten(2)

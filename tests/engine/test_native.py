@@ -212,16 +212,16 @@ def test_fp16_is_refused(library):
 
 
 def test_the_library_is_built_once_and_never_used_when_damaged(tmp_path, monkeypatch):
-    module = importlib.import_module("nvlm_kernels.native.library")  # whose name in the package is its function's
+    module = importlib.import_module("nvlm_kernels.native.library")
     monkeypatch.setattr(module, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in module.FLAGS))  # built sooner
-    first = native.library(tmp_path)
-    assert first.built and not native.library(tmp_path).built
+    first = native.load_library(tmp_path)
+    assert first.built and not native.load_library(tmp_path).built
     whole = first.path.read_bytes()
     damaged = tmp_path / "elsewhere"
     damaged.mkdir()
     (damaged / first.path.name).write_bytes(whole[:-100])
     first.path.with_suffix(".sha256").rename(damaged / first.path.with_suffix(".sha256").name)
-    again = native.library(damaged)
+    again = native.load_library(damaged)
     assert again.built and (damaged / first.path.name).stat().st_size == len(whole)
     assert {path.suffix for path in damaged.iterdir()} == {".so", ".sha256"}
 
@@ -229,7 +229,7 @@ def test_the_library_is_built_once_and_never_used_when_damaged(tmp_path, monkeyp
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(native.BuildError, match=r"needs a C\+\+ compiler .* found none.*--no-compile"):
-        native.library(tmp_path)
+        native.load_library(tmp_path)
     assert fresh("d").stages._native is None, "not asked for: plain PyTorch"
     with pytest.raises(native.BuildError):
         fresh("d", native=True)
@@ -241,5 +241,5 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(native.BuildError, match="could not build decode.cpp, attention.cpp, int8.cpp: no such target"):
-        native.library(tmp_path / "cache")
+        native.load_library(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())

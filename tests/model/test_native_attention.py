@@ -21,7 +21,7 @@ from tests.util import check_op, planted
 
 @pytest.fixture
 def library(library):
-    if not library.attention:
+    if not library.attention_level:
         pytest.skip("this CPU has no AVX512: prompts and tiles go through torch's attention")
     return library
 
@@ -90,7 +90,7 @@ def test_in_fp32_is_rounded_once(library):
     exact = eager(q.double(), k.double(), v.double())
     bound = exact.abs() * 2**-8 + 1e-5  # half an ulp, and fp32's own error
     assert ((native_attention(library, q, k, v, in_fp32=True) - exact).abs() <= bound).all()
-    assert library.attention == 1 or not ((native_attention(library, q, k, v) - exact).abs() <= bound).all()
+    assert library.attention_level == 1 or not ((native_attention(library, q, k, v) - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 in fp32"])
@@ -170,12 +170,12 @@ def test_bad_input(library):
     for args, said in (
         ((q[0], k, v), r"expected q \[B, T, H, D\]"),
         ((q, k, v[:, :4]), "expected q"),
-        ((q[:1], k, v), "do not belong together"),
-        ((q[..., :8], k, v), "do not belong together"),
-        ((q, k.expand(-1, -1, 3, -1), v.expand(-1, -1, 3, -1)), "do not belong together"),
+        ((q[:1], k, v), "must have the batch and head_dim"),
+        ((q[..., :8], k, v), "must have the batch and head_dim"),
+        ((q, k.expand(-1, -1, 3, -1), v.expand(-1, -1, 3, -1)), "must have the batch and head_dim"),
         ((*(torch.zeros(1, 1, 1, 129) for _ in "qkv"),), "a head_dim of 1 to 128, got 129"),
-        ((q, k.bfloat16(), v), "of one dtype"),
-        ((q.transpose(2, 3).contiguous().transpose(2, 3), k, v), "values dense"),
+        ((q, k.bfloat16(), v), "one dtype"),
+        ((q.transpose(2, 3).contiguous().transpose(2, 3), k, v), "dense last axis"),
         ((q.double(), k.double(), v.double()), "expected float32 or bfloat16, got torch.float64"),
         ((q, k, v, intervals.int()), r"expected intervals int64 \[2, 3, 2\]"),
         ((q, k, v, intervals[:, :2]), "expected intervals"),
@@ -245,6 +245,6 @@ def test_a_model_takes_it_and_lets_it_go(library, variant, monkeypatch):
     assert tokens in called and set(called) - {tokens}, "tiles, and prompts"
     called.clear()
     use_library(copy.deepcopy(model.model), None)
-    assert isinstance(model.model.language_model.attention, native.Native), "the copy's alone"
+    assert isinstance(model.model.language_model.attention, native.NativeLibrary), "the copy's alone"
     use_library(model.model, None)
     assert [out.token_ids for out in model.generate_batch(requests(model), PARAMS)] == want and not called

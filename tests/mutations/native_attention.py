@@ -50,8 +50,8 @@ MUTATIONS = [
     ),
     (
         WRAPPER,
-        "is_bf16 and not in_fp32 and library.attention == 2",
-        "is_bf16 and library.attention == 2",
+        "is_bf16 and not in_fp32 and library.attention_level == 2",
+        "is_bf16 and library.attention_level == 2",
         "in_fp32 is not heard",
     ),
     (ROUTE, "q.dtype == torch.bfloat16 and fp32_is_faster()", "False", "bf16 products where fp32 is faster"),
