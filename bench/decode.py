@@ -30,6 +30,7 @@ from nvlm_runtime.engine.native import NativeDecoder
 from nvlm_runtime.engine.step_bytes import StepBytes, step_bytes
 from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import make_past
 from nvlm_runtime.model.quantize import quantize
 
 Run = Callable[[], None]
@@ -92,9 +93,8 @@ class Routes:
             at = position[:, None]
 
             def plain() -> None:
-                self.decoder.logits(
-                    self.decoder.decode(self.decoder.embed_tokens(token[:, None]), at, cache, context)[:, 0]
-                )
+                past = make_past(at, self.decoder.attention, cache, context)
+                self.decoder.logits(self.decoder(self.decoder.embed_tokens(token[:, None]), at, past)[:, 0])
 
             return plain
         if name == "transformers":

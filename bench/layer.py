@@ -26,6 +26,7 @@ from nvlm_runtime.analysis.plan import Request, plan_model
 from nvlm_runtime.checkpoint.weights import load, save
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import CausalPast
 from nvlm_runtime.parallel.group import SOLO, Group
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
 
@@ -49,7 +50,8 @@ def inputs(width: int, tokens: int) -> Tensor:
 
 def through(model: NVLMModel, x: Tensor) -> Tensor:
     """x: [1, T, C], through the layer and the norm behind it."""
-    return model.language_model.prefill(x, torch.arange(x.shape[1])[None], None)
+    positions = torch.arange(x.shape[1])[None]
+    return model.language_model(x, positions, CausalPast(positions, model.language_model.attention))
 
 
 @torch.inference_mode()

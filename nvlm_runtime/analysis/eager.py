@@ -22,6 +22,7 @@ from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.decoder import CrossView
 from nvlm_runtime.model.linear import plain_twin
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import make_past
 from nvlm_runtime.model.vision import InternViT
 
 
@@ -89,7 +90,8 @@ class PlainRows:
         """Reads prompts [B, T, C] of one length and draws every row's first token."""
         self.length = x.shape[1]
         positions = torch.arange(self.length, device=x.device).expand(len(x), -1)
-        hidden = self.decoder.prefill(x, positions, self.cache, view)
+        past = make_past(positions, self.decoder.attention, self.cache, self.length)
+        hidden = self.decoder(x, positions, past, view)
         self._draw(hidden[:, -1])
         if view is not None:
             after = torch.tensor([layout.after for layout in layouts], device=x.device)
@@ -105,7 +107,8 @@ class PlainRows:
         """Draws every row's next token."""
         positions = torch.full((len(self.token), 1), self.length, device=self.token.device)
         x = self.decoder.embed_tokens(self.token[:, None])
-        hidden = self.decoder.decode(x, positions, self.cache, self.length + 1, self.view)
+        past = make_past(positions, self.decoder.attention, self.cache, self.length + 1)
+        hidden = self.decoder(x, positions, past, self.view)
         self._draw(hidden[:, 0])
         self.length += 1
 

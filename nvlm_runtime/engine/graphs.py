@@ -19,11 +19,11 @@ from nvlm_kernels import row_statistics
 from nvlm_runtime.engine.sampling import Draw
 from nvlm_runtime.engine.slots import Slots
 from nvlm_runtime.engine.stages import Stages
-from nvlm_runtime.model.attention import FlatPast
 from nvlm_runtime.model.cache import CrossKV
 from nvlm_runtime.model.decoder import CrossView
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import FlatPast
 
 SMALLEST_CHUNK = 32
 
@@ -190,7 +190,7 @@ class GraphStages(Stages):
 
         def fn() -> None:
             view = CrossView(cross, intervals) if cross else None
-            hidden.copy_(self.model.language_model.run(x, positions, FlatPast(slots.cache, places, spans), view))
+            hidden.copy_(self.model.language_model(x, positions, FlatPast(slots.cache, places, spans), view))
 
         buffers = {
             "x": x,

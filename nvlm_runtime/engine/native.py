@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nvlm_kernels import native
 from nvlm_runtime.model.cache import CrossKV, KVCache
 from nvlm_runtime.model.cross import GatedCrossAttention
-from nvlm_runtime.model.decoder import Decoder, Layer
+from nvlm_runtime.model.decoder import Decoder, DecoderLayer
 from nvlm_runtime.model.quantize import Int8DynamicLinear
 from nvlm_runtime.model.vision import Attention
 from nvlm_runtime.model.weight_only import Int4Linear, Int8Linear
@@ -112,7 +112,7 @@ class NativeDecoder:
             self._scratch[rows] = torch.empty(size)
         return self._scratch[rows].data_ptr()
 
-    def _layer(self, layer: Layer, decoder: Decoder, index: int) -> native.NativeLayer:
+    def _layer(self, layer: DecoderLayer, decoder: Decoder, index: int) -> native.NativeLayer:
         name = f"layers.{index}"
         found = native.NativeLayer(
             input_norm=self._vector(layer.input_layernorm.weight),

@@ -39,10 +39,10 @@ from nvlm_runtime.inputs.prompt import build_prompt, read_prompt
 from nvlm_runtime.inputs.template import ChatTemplate
 from nvlm_runtime.inputs.tokenizer import TextStream, Tokenizer
 from nvlm_runtime.model.adapter import AdaptedLinear
-from nvlm_runtime.model.attention import Attention, check_attention
 from nvlm_runtime.model.finite import check_layers
 from nvlm_runtime.model.linear import replace_linears
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import AttentionBackend, CausalPast, check_attention
 from nvlm_runtime.model.quantize import quantize as quantize_model
 from nvlm_runtime.model.quantize import scheme_of
 from nvlm_runtime.parallel.group import SOLO, Group, VisionSplit
@@ -171,7 +171,7 @@ class NVLM:
         name: str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        attention: Attention = "sdpa",
+        attention: AttentionBackend = "sdpa",
         group: Group = SOLO,
         vision_split: VisionSplit = "tiles",
         lora: str | Path | None = None,
@@ -402,8 +402,9 @@ class NVLM:
         x = self.model.embed(ids, [prepared.layout], [tokens])
         view = self.model.cross_view(ids.shape[1], [prepared.layout], [tokens])
         positions = torch.arange(ids.shape[1], device=self.device)[None]
-        hidden = self.model.language_model.prefill(x, positions, None, view)
-        return self.model.language_model.logits(hidden[0])
+        decoder = self.model.language_model
+        hidden = decoder(x, positions, CausalPast(positions, decoder.attention), view)
+        return decoder.logits(hidden[0])
 
     @torch.inference_mode()
     def warmup(self, max_model_len: int = 1024, max_images: int = 1) -> dict[str, float]:

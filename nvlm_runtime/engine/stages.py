@@ -20,6 +20,7 @@ from nvlm_runtime.model.cache import CrossKV
 from nvlm_runtime.model.decoder import CrossView
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import make_past
 
 CACHED = 1 << 20  # activations of tiles that a CPU encodes together
 
@@ -81,8 +82,10 @@ class Stages:
 
     def embed(self, input_ids: Tensor, where: Tensor, tokens: Tensor) -> Tensor:
         """A chunk's inputs [1, T, C]: token ids [T], with image tokens [n, C] at the places `where` [n]."""
-        x = self.model.language_model.embed_tokens(input_ids)[None]
-        return x.index_copy(1, where, tokens[None].to(x.dtype)) if len(where) else x
+        decoder = self.model.language_model
+        if not len(where):
+            return decoder.embed_tokens(input_ids)[None]
+        return decoder.embed(input_ids[None], torch.zeros_like(where), where, tokens)
 
     def prefill(self, slots: Slots, row: int, x: Tensor, start: int, intervals: Tensor) -> Tensor:
         """A chunk of a row's prompt, x [1, T, C] from position `start`; intervals [T, 2]. Returns hidden [1, T, C]."""
@@ -93,7 +96,8 @@ class Stages:
         if one.cross is not None and one.cross.k.shape[2]:
             view = CrossView(one.cross, intervals[None])
         with record_function("nvlm.prefill"):
-            return self.model.language_model.decode(x, positions, one.cache, end, view)
+            decoder = self.model.language_model
+            return decoder(x, positions, make_past(positions, decoder.attention, one.cache, end), view)
 
     def first(self, slots: Slots, row: int, hidden: Tensor, kind: Draw) -> None:
         """Draws a row's first token from the last hidden state of its prompt [1, C]; its position is set."""
@@ -124,7 +128,8 @@ class Stages:
             return self._native_logits(slots, sees)
         view = CrossView(slots.cross, slots.interval) if sees else None
         x = decoder.embed_tokens(slots.token[:, None])
-        return decoder.local_logits(decoder.decode(x, slots.position[:, None], slots.cache, visible, view)[:, 0])
+        past = make_past(slots.position[:, None], decoder.attention, slots.cache, visible)
+        return decoder.local_logits(decoder(x, slots.position[:, None], past, view)[:, 0])
 
     def verify(self, slots: Slots, row: int, draft: Sequence[int], sees: bool, kind: Draw) -> list[int]:
         """What an active row draws next, and what it would draw behind each token of a draft: 1 + len(draft) tokens.
@@ -148,7 +153,8 @@ class Stages:
                 view = CrossView(one.cross, intervals.transpose(0, 1)) if sees else None
                 decoder, visible = self.model.language_model, int(slots.position[row]) + count
                 x = decoder.embed_tokens(token[None])
-                logits = decoder.local_logits(decoder.decode(x, positions[None], one.cache, visible, view)[0])
+                past = make_past(positions[None], decoder.attention, one.cache, visible)
+                logits = decoder.local_logits(decoder(x, positions[None], past, view)[0])
             return self._pick(logits, slots.sampling.repeated(row, count), positions + 1, kind).tolist()
 
     def refresh(self) -> None:

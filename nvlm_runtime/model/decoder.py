@@ -1,8 +1,8 @@
-"""The language model: a Qwen2 or Llama decoder, with gated cross-attention in the layers the config lists.
+"""The language model: a Qwen2 or Llama decoder, with gated cross-attention in the layers that the config lists.
 
-B requests, T query tokens, S cached tokens, H heads, Hkv kv heads, D head_dim, C hidden_size.
-q, k, v share one weight, gate and up another; `weights` joins the checkpoint's. `prefill` runs a whole prompt,
-`decode` a step of it; both return hidden states, and `logits` is asked only for the rows that need them.
+B requests, T query tokens, S cached positions, H query heads, Hkv kv heads, D head_dim, C hidden_size.
+q, k and v share one weight, gate and up another; `checkpoint.weights` joins those of a checkpoint.
+A call returns hidden states. `logits` is a call of its own, for the tokens that need it.
 Source: transformers' Qwen2 and Llama. Cross-attention placement: NVLM paper figure 3 ("inside": between a layer's
 self-attention and its feed-forward) or Flamingo ("before" the layer).
 """
@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nvlm_kernels import swiglu
 from nvlm_runtime.config import CrossConfig, TextConfig
-from nvlm_runtime.model.attention import Attention, FlatPast, PackedPast, Past
-from nvlm_runtime.model.cache import CrossKV, KVCache
+from nvlm_runtime.model.cache import CrossKV
 from nvlm_runtime.model.cross import GatedCrossAttention
+from nvlm_runtime.model.past import Angles, AttentionBackend, Past
 from nvlm_runtime.model.rotary import Rotary
 from nvlm_runtime.model.vision import RMSNorm
 from nvlm_runtime.parallel.group import SOLO, Group, TextShard, VocabularyEmbedding
@@ -26,14 +26,19 @@ from nvlm_runtime.parallel.group import SOLO, Group, TextShard, VocabularyEmbedd
 
 @dataclass(frozen=True)
 class CrossView:
-    """What the rows of one call see of the images: intervals [B, T, 2] over the keys of `kv`."""
+    """What the tokens of one call see of the images.
+
+    Attributes:
+        kv: the keys and values of the gated layers.
+        intervals: int64 [B, T, 2], the image keys [start, end) that each token sees.
+    """
 
     kv: CrossKV
     intervals: Tensor
 
 
 class SelfAttention(nn.Module):
-    """Of a rank's heads; one all-reduce."""
+    """Self-attention of a rank's heads. It costs one all-reduce."""
 
     def __init__(self, config: TextConfig, group: Group):
         super().__init__()
@@ -45,7 +50,8 @@ class SelfAttention(nn.Module):
         )
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | FlatPast | PackedPast) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, past: Past) -> Tensor:
+        """x [B, T, C] to [B, T, C]; angles: cos and sin of the positions; past: what the tokens see."""
         out = past.attend(self._qkv(self.group.spread(x)), angles, self.num_heads, self.num_kv_heads)  # [B, T, H, D]
         return self.group.reduce(self.o_proj(out.flatten(2)))
 
@@ -64,8 +70,8 @@ class SelfAttention(nn.Module):
         return F.linear(x, weight, bias)
 
 
-class MLP(nn.Module):
-    """Of a rank's inner columns; one all-reduce."""
+class DecoderMLP(nn.Module):
+    """The feed-forward (SwiGLU) of a rank's inner columns. It costs one all-reduce."""
 
     def __init__(self, config: TextConfig, group: Group):
         super().__init__()
@@ -74,16 +80,19 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C] to [B, T, C]."""
         return self.group.reduce(self.down_proj(swiglu(self.gate_up_proj(self.group.spread(x)))))
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
+    """One layer: self-attention, the feed-forward and, where the config lists the layer, gated cross-attention."""
+
     def __init__(self, config: TextConfig, cross: CrossConfig | None, group: Group):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, group)
+        self.mlp = DecoderMLP(config, group)
         self.cross_before = cross is not None and cross.placement == "before"
         self.cross_attn = GatedCrossAttention(config, cross, group) if cross else None
 
@@ -91,13 +100,18 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         branch: Tensor | None,
-        angles: tuple[Tensor, Tensor],
-        past: Past | FlatPast | PackedPast,
+        angles: Angles,
+        past: Past,
         image: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream is x + branch, the last block's output not yet added; returns the next such pair.
+        """Takes the residual stream as two terms, x + branch, and returns the next two.
 
-        image: this layer's k, v and the intervals, or None where nothing is to be seen.
+        Args:
+            x: [B, T, C], the stream without the output of the block before.
+            branch: [B, T, C], that output; None before the first layer.
+            angles: cos and sin of the positions.
+            past: what self-attention sees.
+            image: this layer's image keys and values and the intervals; None where no token sees an image.
         """
         if image is not None and self.cross_before:
             x, branch = self.cross_attn(x, branch, *image), None
@@ -112,9 +126,18 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embeddings [B, T, C] and positions [B, T] to hidden states [B, T, C].
 
-    config: a rank's own share in a group of several, which all hold the same hidden states. Collectives: two
-    all-reduces a layer, one more for a gated layer's attention and one for its feed-forward; one for the embedding; a
-    gather in `logits` alone. In training, as many on the way back.
+    Collectives of a group of several ranks: two all-reduces for each layer, one more for the attention of a gated layer
+    and one for its feed-forward, one for the embedding, and a gather in `logits` alone. Training has as many in the
+    backward pass. All ranks hold the same hidden states.
+
+    Args:
+        config: sizes of the decoder; in a group of several ranks, of this rank's share.
+        cross: the gated cross-attention; None in NVLM-D.
+        group: the ranks that share the decoder.
+
+    Attributes:
+        attention: what computes whole prompts and chunks.
+        recompute: whether training computes activations again in the backward pass, the projector's too.
     """
 
     def __init__(self, config: TextConfig, cross: CrossConfig | None, group: Group = SOLO):
@@ -123,28 +146,59 @@ class Decoder(nn.Module):
         self.cross_layers = cross.layers if cross else ()
         self.embed_tokens = VocabularyEmbedding(config, group)
         self.layers = nn.ModuleList(
-            Layer(config, cross if i in self.cross_layers else None, group) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, cross if i in self.cross_layers else None, group)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
-        self.attention: Attention = "sdpa"
-        self.recompute = False  # in training, for the projector too: activations are made again on the way back
+        self.attention: AttentionBackend = "sdpa"
+        self.recompute = False
         if config.tie_word_embeddings:
             self.tie()
 
     def tie(self) -> None:
-        """Makes the head share the embedding's weight; `to_empty` parts them."""
+        """Makes the head share the weight of the embedding. `to_empty` separates the two again."""
         self.lm_head.weight = self.embed_tokens.weight
 
     def cross_kv(self, embeds: Tensor, places: Tensor) -> CrossKV:
-        """Image keys and values of all gated layers from their inputs [B, S, C] at places [S] or [B, S]."""
+        """Computes the image keys and values of all gated layers.
+
+        Args:
+            embeds: [B, S, C], their inputs.
+            places: int64 [S] or [B, S], the position of each key among those of its prompt.
+        """
         pairs = [self.layers[i].cross_attn.keys_values(embeds, places) for i in self.cross_layers]
         k, v = (torch.stack(side) for side in zip(*pairs, strict=True))
         return CrossKV(k, v)
 
-    def run(self, x: Tensor, positions: Tensor, past: Past | FlatPast | PackedPast, view: CrossView | None) -> Tensor:
-        """x: [B, T, C] at positions [B, T]; past: what self-attention sees; view: what the gated layers see."""
+    def embed(self, input_ids: Tensor, rows: Tensor, positions: Tensor, image_tokens: Tensor) -> Tensor:
+        """Token embeddings with image tokens in the place of their placeholders.
+
+        Args:
+            input_ids: int64 [B, T].
+            rows: int64 [n], the row of each image token.
+            positions: int64 [n], its position in that row.
+            image_tokens: [n, C].
+
+        Returns:
+            [B, T, C].
+        """
+        x = self.embed_tokens(input_ids)
+        return x.index_put((rows, positions), image_tokens.to(x.dtype))
+
+    def forward(self, x: Tensor, positions: Tensor, past: Past, view: CrossView | None = None) -> Tensor:
+        """Runs all layers and the last norm.
+
+        Args:
+            x: [B, T, C], embeddings. Rows may be padded on the right.
+            positions: int64 [B, T].
+            past: what self-attention sees, made for this call (`past.make_past`).
+            view: what the gated layers see; None where no token sees an image.
+
+        Returns:
+            Hidden states [B, T, C].
+        """
         angles = self.rotary(positions, x.dtype)
         branch, gated = None, 0
         for layer in self.layers:
@@ -158,22 +212,12 @@ class Decoder(nn.Module):
                 x, branch = layer(x, branch, angles, past, image)
         return self.norm.join(x, branch)[1]
 
-    def prefill(self, x: Tensor, positions: Tensor, cache: KVCache | None, view: CrossView | None = None) -> Tensor:
-        """A prompt from position 0: x [B, T, C], positions [B, T]. Rows may be padded on the right."""
-        return self.run(x, positions, Past(cache, positions, x.shape[1], self.attention), view)
-
-    def decode(
-        self, x: Tensor, positions: Tensor, cache: KVCache, visible: int, view: CrossView | None = None
-    ) -> Tensor:
-        """A step behind a cache: x [B, T, C] at positions [B, T], all below `visible`, the slots that are read."""
-        return self.run(x, positions, Past(cache, positions, visible, self.attention), view)
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [*, C]. Returns [*, vocab]: of all ranks, gathered."""
+        """hidden [*, C] to logits [*, vocab], gathered from all ranks."""
         if self.group.size == 1:
             return self.lm_head(hidden)
         return self.group.gather(self.local_logits(hidden))[..., : self.config.whole.vocab_size]
 
     def local_logits(self, hidden: Tensor) -> Tensor:
-        """[*, vocab rows of this rank], the last rank's padded with rows of zeros."""
+        """hidden [*, C] to the logits of this rank's rows of the vocabulary. The last rank's are padded with zeros."""
         return self.lm_head(self.group.spread(hidden))

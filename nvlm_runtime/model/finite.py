@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nvlm_runtime.model.decoder import Layer
+from nvlm_runtime.model.decoder import DecoderLayer
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.model.vision import Block
 
@@ -34,5 +34,7 @@ def check_layers(model: NVLMModel) -> None:
         return look
 
     for name, module in model.named_modules():
-        if isinstance(module, Block | Layer | nn.Embedding) or name.endswith(("embeddings", "language_model.lm_head")):
+        if isinstance(module, Block | DecoderLayer | nn.Embedding) or name.endswith(
+            ("embeddings", "language_model.lm_head")
+        ):
             module.register_forward_hook(hook(name))

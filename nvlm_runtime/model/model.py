@@ -15,9 +15,9 @@ from nvlm_kernels import pixel_shuffle, pixel_shuffle_project
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.inputs.layout import ImageLayout, Layout
 from nvlm_runtime.model.adapter import AdaptedLinear
-from nvlm_runtime.model.attention import Documents, PackedPast
 from nvlm_runtime.model.decoder import CrossView, Decoder
 from nvlm_runtime.model.features import Features
+from nvlm_runtime.model.past import CausalPast, Documents, PackedPast
 from nvlm_runtime.model.vision import InternViT
 from nvlm_runtime.parallel.group import SOLO, Group, VisionSplit, shard_config
 
@@ -91,8 +91,9 @@ class NVLMModel(nn.Module):
 
     def embed(self, input_ids: Tensor, layouts: Sequence[Layout], image_tokens: Sequence[Sequence[Tensor]]) -> Tensor:
         """input_ids [B, T], padded on the right; image_tokens: [N, P, C] an image, a row. Returns [B, T, C]."""
-        x = self.language_model.embed_tokens(input_ids)
-        rows, positions, tokens = [], [], []
+        rows: list[int] = []
+        positions: list[int] = []
+        tokens: list[Tensor] = []
         for row, (layout, images) in enumerate(zip(layouts, image_tokens, strict=True)):
             for image, tiles in zip(layout.images, images, strict=True):
                 if image.placeholders or not image.key_sources:  # one that nobody sees has a gradient all the same
@@ -100,9 +101,9 @@ class NVLMModel(nn.Module):
                     positions += image.placeholders
                     tokens.append(tiles[list(image.placeholder_tiles)].flatten(0, 1))
         if not tokens:  # NVLM-X's text has no gradient from here then, where the embedding does not learn
-            return x
-        where = [torch.tensor(side, dtype=torch.int64, device=x.device) for side in (rows, positions)]
-        return x.index_put(where, torch.cat(tokens).to(x.dtype))
+            return self.language_model.embed_tokens(input_ids)
+        where = (torch.tensor(side, dtype=torch.int64, device=input_ids.device) for side in (rows, positions))
+        return self.language_model.embed(input_ids, *where, torch.cat(tokens))
 
     def key_embeds(self, image: ImageLayout, tiles: Tensor) -> Tensor:
         """The inputs [S, C] of an image's keys and values: tiles [N, P, C] and, in NVLM-H, their tags' embeddings."""
@@ -157,9 +158,9 @@ class NVLMModel(nn.Module):
         view = self.cross_view(input_ids.shape[1], layouts, image_tokens)
         if documents is None:
             positions = torch.arange(input_ids.shape[1], device=x.device).expand(len(x), -1)
-            return self.language_model.prefill(x, positions, None, view)
+            return self.language_model(x, positions, CausalPast(positions, self.language_model.attention), view)
         past = PackedPast(documents, input_ids.shape[1], x.device)
-        return self.language_model.run(x, past.positions, past, view)
+        return self.language_model(x, past.positions, past, view)
 
 
 def outline(config: NVLMConfig, group: Group = SOLO, vision_split: VisionSplit = "tiles") -> NVLMModel:

@@ -20,6 +20,7 @@ from nvlm_runtime.commands.cli import main
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.model.decoder import Decoder
+from nvlm_runtime.model.past import make_past
 from tests.checkpoint.backbones import save_gguf, save_text_model, text_model
 from tests.inputs.qwen import tiny_backend
 from tests.small import VISION, small_model
@@ -100,7 +101,7 @@ def test_gates_at_0_are_the_bare_decoder_bit_for_bit(tmp_path, family):
             ids = engine.prepare("What is in the picture?", images).input_ids
             with torch.inference_mode():
                 positions = torch.arange(len(ids))[None]
-                hidden = bare.prefill(bare.embed_tokens(torch.tensor([ids])), positions, None)
+                hidden = bare(bare.embed_tokens(torch.tensor([ids])), positions, make_past(positions, bare.attention))
                 want = bare.logits(hidden[0])
             assert torch.equal(engine.logits(ids, images), want)
             made.model.language_model.layers[2].cross_attn.gate.data.fill_(1)

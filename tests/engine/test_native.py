@@ -13,6 +13,7 @@ from nvlm_runtime.engine.native import NativeDecoder
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.model.cache import CrossKV, KVCache
 from nvlm_runtime.model.decoder import CrossView, Decoder
+from nvlm_runtime.model.past import make_past
 from tests.engine.test_batch import PARAMS, answers, fresh, requests
 from tests.small import TEXT, randomise
 
@@ -61,7 +62,8 @@ def setting(text, cross, dtype, seed=0):
 def eager(decoder, cache, kv, intervals, token, position):
     view = CrossView(kv, intervals) if kv else None
     visible = int(position.max()) + 1
-    hidden = decoder.decode(decoder.embed_tokens(token[:, None]), position[:, None], cache, visible, view)
+    past = make_past(position[:, None], decoder.attention, cache, visible)
+    hidden = decoder(decoder.embed_tokens(token[:, None]), position[:, None], past, view)
     return decoder.logits(hidden[:, 0])
 
 

@@ -11,8 +11,8 @@ from nvlm_kernels import native
 from nvlm_kernels.native import native_attention
 from nvlm_runtime.engine.native import use_library
 from nvlm_runtime.model import native_attention as route
-from nvlm_runtime.model.attention import Past
 from nvlm_runtime.model.cache import KVCache
+from nvlm_runtime.model.past import CausalPast, make_past
 from nvlm_runtime.model.vision_attention import attend
 from tests.engine.test_batch import PARAMS, answers, fresh, requests
 from tests.small import TEXT
@@ -218,14 +218,14 @@ def test_behind_a_cache_is_the_end_of_the_whole(library, length):
     torch.manual_seed(1)
     qkv = torch.randn(2, total, (num + 2 * num_kv) * TEXT.head_dim)
     angles = torch.randn(2, 2, total, TEXT.head_dim).unbind()
-    want = Past(None, torch.arange(total).expand(2, -1), total, "sdpa").attend(qkv, angles, num, num_kv)
-    whole = Past(None, torch.arange(total).expand(2, -1), total, library).attend(qkv, angles, num, num_kv)
+    want = CausalPast(torch.arange(total).expand(2, -1), "sdpa").attend(qkv, angles, num, num_kv)
+    whole = CausalPast(torch.arange(total).expand(2, -1), library).attend(qkv, angles, num, num_kv)
     torch.testing.assert_close(whole, want)
     cache = KVCache.allocate(TEXT, 2, 80, torch.device("cpu"), torch.float32)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
     for first, end in ((0, total - length), (total - length, total)):
-        past = Past(cache, torch.arange(first, end).expand(2, -1), end, library)
+        past = make_past(torch.arange(first, end).expand(2, -1), library, cache, end)
         out = past.attend(qkv[:, first:end], tuple(angle[:, first:end] for angle in angles), num, num_kv)
         torch.testing.assert_close(out, want[:, first:end])
 

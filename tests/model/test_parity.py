@@ -12,6 +12,7 @@ from nvlm_runtime.config import NVLMConfig, RopeScaling, TextConfig, VisionConfi
 from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.decoder import Decoder
 from nvlm_runtime.model.model import projector as projector_of
+from nvlm_runtime.model.past import make_past
 from nvlm_runtime.model.vision import InternViT
 from tests.small import randomise
 
@@ -80,12 +81,13 @@ def test_decoder(architecture, tied, scaling):
     positions = torch.arange(100).expand(2, -1)
     with torch.inference_mode():
         want = theirs(ids).logits
-        got = ours.logits(ours.prefill(ours.embed_tokens(ids), positions, None))
+        got = ours.logits(ours(ours.embed_tokens(ids), positions, make_past(positions, "sdpa")))
         assert (got - want).abs().max() < 1e-4
         cache = KVCache.allocate(config, 2, 100, torch.device("cpu"), torch.float32)
-        ours.prefill(ours.embed_tokens(ids[:, :90]), positions[:, :90], cache)
+        ours(ours.embed_tokens(ids[:, :90]), positions[:, :90], make_past(positions[:, :90], "sdpa", cache, 90))
         for t in range(90, 100):
-            hidden = ours.decode(ours.embed_tokens(ids[:, t : t + 1]), positions[:, t : t + 1], cache, t + 1)
+            past = make_past(positions[:, t : t + 1], "sdpa", cache, t + 1)
+            hidden = ours(ours.embed_tokens(ids[:, t : t + 1]), positions[:, t : t + 1], past)
             assert (ours.logits(hidden[:, 0]) - want[:, t]).abs().max() < 1e-4, t
 
 

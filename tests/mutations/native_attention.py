@@ -1,6 +1,6 @@
 TESTS = ("tests/model/test_native_attention.py",)
 FILE, WRAPPER = "nvlm_kernels/native/attention.cpp", "nvlm_kernels/native/attention.py"
-ROUTE, PAST = "nvlm_runtime/model/native_attention.py", "nvlm_runtime/model/attention.py"
+ROUTE, PAST = "nvlm_runtime/model/native_attention.py", "nvlm_runtime/model/past.py"
 MUTATIONS = [
     (FILE, "if (found > before) {", "if (found > before && key == 0) {", "the maximum of the first block alone"),
     (FILE, "_mm512_store_ps(total, _mm512_mul_ps(shrink, _mm512_load_ps(total)));", "", "totals are not rescaled"),

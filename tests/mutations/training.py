@@ -2,20 +2,20 @@ TESTS = ("tests/training/test_data.py", "tests/training/test_packing.py", "tests
 DOCUMENTS, LAYOUT = "nvlm_runtime/training/documents.py", "nvlm_runtime/inputs/layout.py"
 SOURCE, TRAINER = "nvlm_runtime/training/source.py", "nvlm_runtime/training/trainer.py"
 OPTIMIZER, PROMPT = "nvlm_runtime/training/optimizer.py", "nvlm_runtime/inputs/prompt.py"
-ATTENTION, OBJECTIVE = "nvlm_runtime/model/attention.py", "nvlm_runtime/training/objective.py"
+PAST, OBJECTIVE = "nvlm_runtime/model/past.py", "nvlm_runtime/training/objective.py"
 MUTATIONS = [
     (DOCUMENTS, "tuple(labels[1:])", "tuple(labels[:-1])", "labels are the tokens themselves"),
     (PROMPT, "writer.answers.append((start, ", "writer.answers.append((start - 1, ", "the prefix's newline is learnt"),
     (LAYOUT, "layout.intervals + first_key", "layout.intervals", "a packed document sees the first one's images"),
     (LAYOUT, "position + start for position", "position for position", "image tokens go into the first document"),
     (
-        ATTENTION,
+        PAST,
         "self.intervals[row, start:end, 0] = start",
         "self.intervals[row, start:end, 0] = 0",
         "positions go on through a row",
     ),
     (
-        ATTENTION,
+        PAST,
         "self._pieces += [(True, end - start) for start, end in spans]",
         "self._pieces += [(True, spans[-1][1])] if spans else []",
         "documents of a row see each other",

@@ -8,6 +8,7 @@ from nvlm_runtime.checkpoint.tensors import file_entries, fill
 from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.decoder import CrossView
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import make_past
 from nvlm_runtime.parallel.group import Group, sizes
 from nvlm_runtime.presets import PRESETS
 from tests.parallel import work
@@ -176,8 +177,8 @@ def test_published_models_run_in_shape(name):
                 kv = decoder.cross_kv(tokens.flatten(0, 1)[None], torch.arange(keys))
                 seen = [CrossView(kv, torch.empty(1, num, 2, dtype=torch.int64)) for num in (40, 1)]
             x, positions = torch.empty(1, 41, width, dtype=dtype), torch.arange(41)[None]
-            hidden = decoder.prefill(x[:, :40], positions[:, :40], cache, seen[0])
-            step = decoder.decode(x[:, 40:], positions[:, 40:], cache, 41, seen[1])
+            hidden = decoder(x[:, :40], positions[:, :40], make_past(positions[:, :40], "sdpa", cache, 40), seen[0])
+            step = decoder(x[:, 40:], positions[:, 40:], make_past(positions[:, 40:], "sdpa", cache, 41), seen[1])
             logits = decoder.logits(step)
         assert tokens.shape == (7, 256, width) and hidden.shape == (1, 40, width)
         assert logits.shape == (1, 1, config_.text.vocab_size)

@@ -13,6 +13,7 @@ from nvlm_runtime.checkpoint.weights import load as load_weights
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.model.features import Features
+from nvlm_runtime.model.past import make_past
 from nvlm_runtime.parallel.group import SOLO, Group
 from tests.model.test_model import picture
 from tests.parallel.small import load
@@ -73,7 +74,7 @@ def collectives(group: Group, folder: Path, vision_split: str) -> dict[str, dict
         "encode": lambda: model.encode(torch.zeros(3, 3, 32, 32)),
         "project": lambda: model.project(Features(torch.zeros(1, 16, model.config.vision.hidden_size))),
         "embed": lambda: decoder.embed_tokens(torch.tensor([[1, 2, 3]])),
-        "prefill": lambda: decoder.prefill(x, torch.arange(3)[None], None),
+        "prefill": lambda: decoder(x, torch.arange(3)[None], make_past(torch.arange(3)[None], "sdpa")),
         "logits": lambda: decoder.logits(x),
     }
     for name in names:

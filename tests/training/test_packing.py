@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvlm_runtime.model.attention import PackedPast
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.past import PackedPast
 from nvlm_runtime.training.documents import IGNORE, make_document
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import fill_rows, pack
@@ -115,7 +115,6 @@ def test_a_document_changes_no_other_by_a_bit(tmp_path, variant):
 
 def test_the_kernels_intervals_are_the_documents(monkeypatch):
     """What a GPU is given, one interval a token, against torch's attention document by document."""
-    from nvlm_runtime.model import attention
 
     torch.manual_seed(0)
     heads, kv = TEXT.num_attention_heads, TEXT.num_key_value_heads
@@ -123,9 +122,9 @@ def test_the_kernels_intervals_are_the_documents(monkeypatch):
     angles = torch.randn(2, 2, 20, TEXT.head_dim).double().unbind()
     past = PackedPast((((0, 7), (7, 8), (8, 20)), ((0, 15),)), 20, torch.device("cpu"))
     want = past.attend(qkv, angles, heads, kv)
-    q, k = attention.rotary(qkv, *angles, heads, kv)
+    q, k = past_file.rotary(qkv, *angles, heads, kv)
     v = qkv.unflatten(-1, (-1, TEXT.head_dim))[:, :, -kv:]
-    got = attention.tile_attention(q, k, v, past.intervals)
+    got = past_file.tile_attention(q, k, v, past.intervals)
     torch.testing.assert_close(got, want)
     assert not want[1, 15:].any()
     assert past.positions[0].tolist() == [*range(7), 0, *range(12)]

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from nvlm_runtime import NVLM
 from nvlm_runtime.model import linear
-from nvlm_runtime.model.attention import Past
 from nvlm_runtime.model.cache import KVCache
+from nvlm_runtime.model.past import CausalPast, Past, make_past
 from tests.small import TEXT
 
 
@@ -30,7 +30,7 @@ def test_flash_takes_whole_prompts_in_its_own_layout(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
     positions = torch.arange(12).expand(2, -1)
-    sdpa, flash = (call(Past(None, positions, 12, kind), 12) for kind in ("sdpa", "flash"))
+    sdpa, flash = (call(CausalPast(positions, kind), 12) for kind in ("sdpa", "flash"))
     torch.testing.assert_close(flash, sdpa)
     assert calls == [((2, 12, 6, 8), (2, 12, 2, 8))]
 
@@ -38,14 +38,14 @@ def test_flash_takes_whole_prompts_in_its_own_layout(monkeypatch):
 @pytest.mark.parametrize("length", [1, 3, 8, 9, 12], ids=lambda n: f"{n} behind")
 def test_behind_a_cache_is_the_end_of_the_whole(length):
     """One token or a few, through decode_attention, and many, through a mask: as in one causal call."""
-    whole = call(Past(None, torch.arange(20).expand(2, -1), 20, "sdpa"), 20)
+    whole = call(CausalPast(torch.arange(20).expand(2, -1), "sdpa"), 20)
     torch.manual_seed(1)
     heads = TEXT.num_attention_heads + 2 * TEXT.num_key_value_heads
     qkv = torch.randn(2, 20, heads * TEXT.head_dim)
     angles = torch.randn(2, 2, 20, TEXT.head_dim).unbind()
     cache = KVCache.allocate(TEXT, 2, 24, torch.device("cpu"), torch.float32)
     for first, end in ((0, 20 - length), (20 - length, 20)):
-        past = Past(cache, torch.arange(first, end).expand(2, -1), end, "flash" if first else "sdpa")
+        past = make_past(torch.arange(first, end).expand(2, -1), "flash" if first else "sdpa", cache, end)
         part = (angle[:, first:end] for angle in angles)
         out = past.attend(qkv[:, first:end], tuple(part), TEXT.num_attention_heads, TEXT.num_key_value_heads)
         torch.testing.assert_close(out, whole[:, first:end])
@@ -58,7 +58,7 @@ def test_long_bf16_prompts_are_computed_in_fp32_where_that_is_faster(monkeypatch
     heads, num_kv = TEXT.num_attention_heads, TEXT.num_key_value_heads
     qkv = torch.randn(1, 140, (heads + 2 * num_kv) * TEXT.head_dim).bfloat16()
     angles = torch.ones(1, 140, TEXT.head_dim).bfloat16(), torch.zeros(1, 140, TEXT.head_dim).bfloat16()
-    out = Past(None, torch.arange(140)[None], 140, "sdpa").attend(qkv, angles, heads, num_kv)
+    out = CausalPast(torch.arange(140)[None], "sdpa").attend(qkv, angles, heads, num_kv)
     q, k, v = (
         t.double().transpose(1, 2) for t in qkv.unflatten(-1, (-1, TEXT.head_dim)).split([heads, num_kv, num_kv], 2)
     )
@@ -74,4 +74,4 @@ def test_flash_is_refused_where_it_cannot_run(monkeypatch):
         NVLM.load("micro-d", attention="xformers")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ValueError, match="attention='flash' needs the flash-attn package"):
-        call(Past(None, torch.arange(3).expand(2, -1), 3, "flash"), 3)
+        call(CausalPast(torch.arange(3).expand(2, -1), "flash"), 3)
