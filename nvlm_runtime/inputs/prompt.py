@@ -1,17 +1,23 @@
-"""Messages and picture plans to token ids, and where each tile sits in them.
+"""Turns messages and tile plans into token ids, and says where each tile's tag and placeholders are among them.
 
-An image becomes one block, `<Image>` ... `</Image>`, of ordinary text (tile tags) and image slots, P = tokens_per_tile
-of <|vision_pad|> a tile. The variants differ by `config.routing` only:
+An image becomes one block, `<Image>` ... `</Image>`, of tile tags (ordinary text) and image placeholders: P =
+tokens_per_tile ids of <|vision_pad|> per tile. The variants differ by `config.routing` only:
 
-    D   <Image> tag_1 slots_1 ... tag_n slots_n </Image>      every tile in the decoder, tags before them
-    H   <Image> slots_thumbnail </Image>                      tags stand beside the tiles in the keys and values
-    X   <Image> tag_1 ... tag_n </Image>                      no slots: the tags are queries for their own tile
+    D   <Image> tag_1 placeholders_1 ... tag_n placeholders_n </Image>   every tile in the decoder, after its tag
+    H   <Image> placeholders_thumbnail </Image>                          tags are among the image keys
+    X   <Image> tag_1 ... tag_n </Image>                                 no placeholders: tags are queries of their tile
 
-Style "hf" tokenises the whole string, split only at special tokens and slots, so `<Image><tile_1>` shares a "><" token.
-Style "megatron" tokenises each tag alone and puts a newline after every <|im_end|>. X tags follow one another as text,
-so there they are always tokenised alone: every sub-token then belongs to one tile.
-Style "template" writes the turns as the checkpoint's chat template does, and pictures as "hf" does.
-Sources: NVLM paper sections 4.2 to 4.5; the NVLM-D-72B chat() template; Megatron-LM examples/multimodal.
+A prompt is written in one of three styles:
+
+    hf         the whole string is tokenised, cut only at special tokens and placeholders: `<Image><tile_1>` shares a
+               "><" token
+    megatron   each tag is tokenised alone, and a newline follows every <|im_end|>
+    template   the checkpoint's chat template writes the turns; images are written as in hf
+
+The tags of NVLM-X follow one another as text, so they are tokenised alone in every style: each token then belongs to
+one tile.
+Source: NVLM paper (arXiv 2409.11402) sections 4.2 to 4.5; chat() template of NVLM-D-72B; Megatron-LM
+examples/multimodal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,24 +25,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nvlm_runtime.config import NVLMConfig, TagFormat
+from nvlm_runtime.inputs.messages import IMAGE, Part, Turn, join_texts, parse_messages
 from nvlm_runtime.inputs.template import ChatTemplate
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # only the type: this file needs no picture library
+if TYPE_CHECKING:  # only the type: this file needs no image library
     from nvlm_runtime.inputs.image import TilePlan
 
 Style = Literal["hf", "megatron", "template"]
-Span = tuple[int, int]
-Turn = tuple[str, list[str | None]]  # role and parts; a part is a text or `PICTURE`
+Span = tuple[int, int]  # [start, end)
 DEFAULT_SYSTEM = "Answer the questions."
-PLACEHOLDER = "<image>"
+PLACEHOLDER = "<|vision_pad|>"  # the special token of an image placeholder
 OPEN, CLOSE = "<Image>", "</Image>"
-PICTURE = None  # among the texts of a turn
 
 
 @dataclass(frozen=True)
 class TileSpan:
-    """Half-open spans of one tile in input_ids; empty where the decoder has no tag, or no slots, of it."""
+    """Where one tile is among the token ids.
+
+    Attributes:
+        tag: span of its tag; empty where the decoder has none.
+        placeholders: span of its image placeholders; empty where the decoder has none.
+    """
 
     tag: Span
     placeholders: Span
@@ -44,7 +54,13 @@ class TileSpan:
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """One image: `start` and `end` hold its tags and slots in input_ids. One tile span a tile, thumbnail last."""
+    """Where one image is among the token ids.
+
+    Attributes:
+        start: position of its first tag token or placeholder.
+        end: one past its last tag token or placeholder.
+        tiles: one span per tile, the thumbnail last.
+    """
 
     start: int
     end: int
@@ -53,10 +69,13 @@ class ImageBlock:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the engine reads: token ids, and one block an image.
+    """A prompt as token ids.
 
-    answers: spans of what a model learns to say: an assistant's text and the <|im_end|> after it, in style "megatron"
-    its newline too. Empty with `generation`, and of a chat template's turns.
+    Attributes:
+        input_ids: token ids.
+        blocks: one block per image, in order.
+        answers: spans that a model learns to write: each assistant text and the <|im_end|> after it, in style
+            "megatron" with its newline. Empty with `generation`, in style "template" and from `read_prompt`.
     """
 
     input_ids: tuple[int, ...]
@@ -65,15 +84,25 @@ class Prompt:
 
 
 def tile_tags(plan: "TilePlan", tag_format: TagFormat, thumbnail_tag: str) -> tuple[str, ...]:
-    """The tag text of every tile, thumbnail last. A single-tile image has the thumbnail tag alone.
-
-    The paper gives "bbox" corners (left, top), (right, bottom) but no unit and no thumbnail: tile units and the
-    thumbnail tag are our proposal.
-    """
+    """Returns the tag text of every tile of an image, as `grid_tags` does."""
     return grid_tags(plan.cols, plan.rows, tag_format, thumbnail_tag)
 
 
 def grid_tags(cols: int, rows: int, tag_format: TagFormat, thumbnail_tag: str) -> tuple[str, ...]:
+    """Returns the tag text of every tile of a grid, thumbnail last. A grid of one tile has the thumbnail tag alone.
+
+    Args:
+        cols: number of columns.
+        rows: number of rows.
+        tag_format: "none", "1d", "grid" or "bbox". The paper gives "bbox" the corners (left, top), (right, bottom) but
+            no unit and no thumbnail: tile units and the thumbnail tag are this project's choice.
+        thumbnail_tag: the thumbnail's tag, unless `tag_format` is "none".
+
+    Raises:
+        ValueError: `tag_format` is unknown.
+
+    Source: NVLM paper (arXiv 2409.11402) section 4.2.
+    """
     cells = [(x, y) for y in range(rows) for x in range(cols)]
     if len(cells) == 1:
         cells = []
@@ -91,7 +120,7 @@ def grid_tags(cols: int, rows: int, tag_format: TagFormat, thumbnail_tag: str) -
 
 
 def tag_ids(tokenizer: Tokenizer, plan: "TilePlan", config: NVLMConfig) -> list[list[int]]:
-    """Each tile's tag tokenised alone, thumbnail last: H's keys and values, X's tags, Megatron's D."""
+    """Returns the token ids of each tile's tag, tokenised alone, thumbnail last."""
     return [tokenizer.encode(tag) for tag in tile_tags(plan, config.tile_tags, config.thumbnail_tag)]
 
 
@@ -105,73 +134,39 @@ def build_prompt(
     generation: bool = True,
     template: ChatTemplate | None = None,
 ) -> Prompt:
-    """`[system] user (assistant user)*` in the ChatML form NVLM was trained on; `generation` opens an assistant turn.
+    """Writes a conversation as token ids, in the ChatML form that NVLM was trained on or by a chat template.
 
-    `content` is a string, in which a user's `<image>` stands for a picture, or a list of {"type": "text", "text": ...}
-    and {"type": "image"}, whose text is always literal. No system message means `DEFAULT_SYSTEM`; one with None or ""
-    means none. With pictures but no place for them, `<image>\\n` for each opens the first user turn (HF's chat()).
-    Style "template" leaves BOS, and what no system message means, to `template`; a system message is passed as it is.
-    ValueError if the places and `plans` differ in number, for a role out of order, for a part it does not know, for
-    style "template" without one, and for what `ChatTemplate.render` refuses.
+    Args:
+        tokenizer: the model's tokenizer.
+        config: the model's configuration.
+        messages: `[system] user (assistant user)*`, mappings with "role" and "content". `content` is a string, in
+            which a user's `<image>` stands for an image, or a list of {"type": "text", "text": ...} and
+            {"type": "image"}, whose text is literal. Where no message says where the images go, `<image>\\n` for each
+            opens the first user turn, as HF's chat() does. No system message means `DEFAULT_SYSTEM`, one with None or
+            "" means none; with style "template" the template decides.
+        plans: one tile plan per image, in order.
+        style: "hf", "megatron" or "template".
+        generation: opens an assistant turn, to be answered.
+        template: the checkpoint's chat template, for style "template".
+
+    Raises:
+        ValueError: the messages have another number of images than `plans`, a role is out of order, a part is
+            unknown, style "template" comes without a template, or `ChatTemplate.render` refuses the conversation.
     """
     if style not in ("hf", "megatron", "template"):
         raise ValueError(f"style must be hf, megatron or template, got {style!r}")
     if style == "template" and template is None:
-        raise ValueError("style template needs a chat template, and this checkpoint has none")
-    system, turns = _turns(messages, len(plans), generation)
+        raise ValueError("style template needs a chat template, and this checkpoint has none: use hf or megatron")
+    system, turns = parse_messages(messages, len(plans), generation)
     writer = _Writer(tokenizer, config, isolate_tags=style == "megatron" or config.routing.decoder == "none")
     if style == "template":
+        assert template is not None
         _write_template(writer, turns if system is None else [("system", system), *turns], plans, template, generation)
     else:
-        system = [DEFAULT_SYSTEM] if system is None else system
-        _write_chatml(writer, [("system", system), *turns] if "".join(system) else turns, plans, style, generation)
-    writer.put(())
+        parts: list[Part] = [DEFAULT_SYSTEM] if system is None else system
+        _write_chatml(writer, [("system", parts), *turns] if join_texts(parts) else turns, plans, style, generation)
+    writer.flush()
     return Prompt(tuple(writer.ids), tuple(writer.blocks), tuple(writer.answers))
-
-
-def _write_chatml(
-    writer: "_Writer", turns: Sequence[Turn], plans: Sequence["TilePlan"], style: Style, generation: bool
-) -> None:
-    remaining = iter(plans)
-    if writer.config.bos_token is not None:
-        writer.special(writer.config.bos_token)
-    for role, parts in turns:
-        writer.special("<|im_start|>")
-        writer.text(f"{role}\n")
-        learnt = role == "assistant" and not generation
-        start = writer.put(())[0] if learnt else 0  # an answer is cut from its prefix, as a generated one is
-        for part in parts:
-            if part is PICTURE:
-                writer.image(next(remaining))
-            else:
-                writer.text(part)
-        writer.special("<|im_end|>")
-        writer.text("\n" if style == "megatron" else "")
-        if learnt:
-            writer.answers.append((start, writer.put(())[1]))
-    if generation:
-        writer.special("<|im_start|>")
-        writer.text("assistant\n")
-
-
-def _write_template(
-    writer: "_Writer", turns: Sequence[Turn], plans: Sequence["TilePlan"], template: ChatTemplate, generation: bool
-) -> None:
-    """Special tokens are looked for in the template's own words alone. Text joins its neighbours before it is cut."""
-    remaining = iter(plans)
-    for piece in template.render(turns, generation):
-        if piece.text is PICTURE:
-            writer.image(next(remaining))
-        elif not piece.own:
-            writer.text(piece.text)
-        elif "<|vision_pad|>" in piece.text:
-            raise ValueError("the chat template writes <|vision_pad|>, which only a picture may")
-        else:
-            for part in writer.tokenizer.split(piece.text):
-                if isinstance(part, str):
-                    writer.text(part)
-                else:
-                    writer.put((part,))
 
 
 def read_prompt(
@@ -187,7 +182,7 @@ def read_prompt(
         tokenizer: the model's tokenizer.
         config: the model's configuration.
         input_ids: token ids, used as they are.
-        plans: one plan per image, in order.
+        plans: one tile plan per image, in order.
 
     Raises:
         ValueError: the ids hold more or fewer placeholders than the plans need, the placeholders of a tile are not
@@ -199,7 +194,7 @@ def read_prompt(
 
 
 class _Writer:
-    """Collects ids. Text waits in `pending` until a special token, a slot or an isolated tag cuts it."""
+    """Collects token ids. Text waits in `pending` until a special token, a placeholder or an isolated tag cuts it."""
 
     def __init__(self, tokenizer: Tokenizer, config: NVLMConfig, isolate_tags: bool):
         self.tokenizer, self.config, self.isolate_tags = tokenizer, config, isolate_tags
@@ -214,15 +209,21 @@ class _Writer:
     def special(self, name: str) -> None:
         self.put((self.tokenizer.special(name),))
 
-    def put(self, ids: Sequence[int]) -> Span:
+    def flush(self) -> int:
+        """Tokenises the pending text and returns the position after it."""
         self.ids += self.tokenizer.encode(self.pending)
         self.pending = ""
-        start = len(self.ids)
+        return len(self.ids)
+
+    def put(self, ids: Sequence[int]) -> Span:
+        """Appends ids after the pending text and returns their span."""
+        start = self.flush()
         self.ids += ids
         return start, len(self.ids)
 
     def image(self, plan: "TilePlan") -> None:
-        first, tiles = _first_with_slots(self.config, plan), []
+        """Appends an image's block."""
+        first, tiles = _first_in_decoder(self.config, plan), []
         self.text(OPEN)
         for i, tag in enumerate(_decoder_tags(self.config, plan)):
             tag_ids = self.tokenizer.encode(tag)
@@ -230,20 +231,67 @@ class _Writer:
                 tag_span = self.put(tag_ids)
             else:
                 self.text(tag)
-            slots = self.put(_slots(self.tokenizer, self.config) if i >= first else ())
+            placeholders = self.put(_placeholders(self.tokenizer, self.config) if i >= first else ())
             if not self.isolate_tags:
-                tag_span = (slots[0] - len(tag_ids), slots[0])
-            tiles.append(TileSpan(tag_span, slots))
+                tag_span = (placeholders[0] - len(tag_ids), placeholders[0])
+            tiles.append(TileSpan(tag_span, placeholders))
         self.text(CLOSE)
         self.blocks.append(_block(tiles))
+
+
+def _write_chatml(
+    writer: _Writer, turns: Sequence[Turn], plans: Sequence["TilePlan"], style: Style, generation: bool
+) -> None:
+    remaining = iter(plans)
+    if writer.config.bos_token is not None:
+        writer.special(writer.config.bos_token)
+    for role, parts in turns:
+        writer.special("<|im_start|>")
+        writer.text(f"{role}\n")
+        is_learned = role == "assistant" and not generation
+        start = writer.flush() if is_learned else 0  # an answer is cut from its prefix, as a generated one is
+        for part in parts:
+            if part is IMAGE:
+                writer.image(next(remaining))
+            else:
+                writer.text(part)
+        writer.special("<|im_end|>")
+        writer.text("\n" if style == "megatron" else "")
+        if is_learned:
+            writer.answers.append((start, writer.flush()))
+    if generation:
+        writer.special("<|im_start|>")
+        writer.text("assistant\n")
+
+
+def _write_template(
+    writer: _Writer, turns: Sequence[Turn], plans: Sequence["TilePlan"], template: ChatTemplate, generation: bool
+) -> None:
+    """Looks for special tokens in the template's own text alone. Text joins its neighbours before it is tokenised."""
+    remaining = iter(plans)
+    for piece in template.render(turns, generation):
+        if piece.text is IMAGE:
+            writer.image(next(remaining))
+        elif not piece.own:
+            writer.text(piece.text)
+        elif PLACEHOLDER in piece.text:
+            raise ValueError(
+                f"the chat template writes {PLACEHOLDER}, but only images may: remove it from the template"
+            )
+        else:
+            for part in writer.tokenizer.split(piece.text):
+                if isinstance(part, str):
+                    writer.text(part)
+                else:
+                    writer.put((part,))
 
 
 def _block(tiles: Sequence[TileSpan]) -> ImageBlock:
     return ImageBlock(tiles[0].tag[0], tiles[-1].placeholders[1], tuple(tiles))
 
 
-def _first_with_slots(config: NVLMConfig, plan: "TilePlan") -> int:
-    """The tiles from this one on have slots in the decoder. The one tile of a small image counts as its thumbnail."""
+def _first_in_decoder(config: NVLMConfig, plan: "TilePlan") -> int:
+    """The tiles from this one on have placeholders. The one tile of a small image counts as its thumbnail."""
     return {"all": 0, "thumbnail": plan.num_tiles - 1, "none": plan.num_tiles}[config.routing.decoder]
 
 
@@ -251,27 +299,32 @@ def _decoder_tags(config: NVLMConfig, plan: "TilePlan") -> tuple[str, ...]:
     return tile_tags(plan, config.tile_tags if config.routing.tags == "decoder" else "none", config.thumbnail_tag)
 
 
-def _slots(tokenizer: Tokenizer, config: NVLMConfig) -> tuple[int, ...]:
-    return (tokenizer.special("<|vision_pad|>"),) * config.tokens_per_tile
+def _placeholders(tokenizer: Tokenizer, config: NVLMConfig) -> tuple[int, ...]:
+    return (tokenizer.special(PLACEHOLDER),) * config.tokens_per_tile
 
 
 def _find_placeholder_blocks(
     tokenizer: Tokenizer, config: NVLMConfig, ids: list[int], plans: Sequence["TilePlan"]
 ) -> tuple[ImageBlock, ...]:
-    size, pad = config.tokens_per_tile, tokenizer.special("<|vision_pad|>")
+    size, pad = config.tokens_per_tile, tokenizer.special(PLACEHOLDER)
     positions = [i for i, token_id in enumerate(ids) if token_id == pad]
-    num_tiles = sum(plan.num_tiles - _first_with_slots(config, plan) for plan in plans)
+    num_tiles = sum(plan.num_tiles - _first_in_decoder(config, plan) for plan in plans)
     if len(positions) != num_tiles * size:
-        raise ValueError(f"expected {num_tiles} tiles x {size} = {num_tiles * size} image slots, got {len(positions)}")
+        raise ValueError(
+            f"expected {num_tiles} tiles x {size} = {num_tiles * size} image placeholders, got {len(positions)}: "
+            "the images must be those that input_ids were made for"
+        )
     starts, blocks = iter(positions[::size]), []
     for number, plan in enumerate(plans, 1):
-        first, tiles, start = _first_with_slots(config, plan), [], next(starts)
+        first, tiles, start = _first_in_decoder(config, plan), [], next(starts)
         for i, tag in enumerate(_decoder_tags(config, plan)):
             if i > first:
                 start = next(starts)
             end = start + size if i >= first else start
             if any(token_id != pad for token_id in ids[start:end]):
-                raise ValueError(f"image {number}: the {size} slots of tile {i + 1}, from {start}, are not together")
+                raise ValueError(
+                    f"image {number}: the {size} placeholders of tile {i + 1}, from position {start}, are not together"
+                )
             tag_start = start - len(tokenizer.encode(tag))
             if not tokenizer.decode(ids[max(tag_start, 0) : start]).endswith(tag):
                 tag_start = start  # the caller's ids are used as they are, tagged or not
@@ -283,26 +336,35 @@ def _find_placeholder_blocks(
 def _find_tag_blocks(
     tokenizer: Tokenizer, config: NVLMConfig, ids: list[int], plans: Sequence["TilePlan"]
 ) -> tuple[ImageBlock, ...]:
+    tags = [tag_ids(tokenizer, plan, config) for plan in plans]
+    found = _find_tag_runs(tokenizer, config, ids, plans)
+    if [run for _, run in found] != [_run(each) for each in tags]:
+        raise ValueError(
+            f"expected {len(plans)} images with tags of {[len(_run(each)) for each in tags]} tokens, "
+            f"got {len(found)} with {[len(run) for _, run in found]}: "
+            "the images must be those that input_ids were made for"
+        )
+    blocks = []
+    for (position, _), each in zip(found, tags, strict=True):
+        tiles = []
+        for tag in each:
+            end = position + len(tag)
+            tiles.append(TileSpan((position, end), (end, end)))
+            position = end
+        blocks.append(_block(tiles))
+    return tuple(blocks)
+
+
+def _find_tag_runs(
+    tokenizer: Tokenizer, config: NVLMConfig, ids: list[int], plans: Sequence["TilePlan"]
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Positions and token ids of all tags of an image between `<Image>` and `</Image>`, of any grid."""
     grids = {(c, r) for c in range(1, config.max_tiles + 1) for r in range(1, config.max_tiles // c + 1)}
     grids |= {(plan.cols, plan.rows) for plan in plans}
     known = [grid_tags(*grid, config.tile_tags, config.thumbnail_tag) for grid in sorted(grids)]
     runs = {_run([tokenizer.encode(tag) for tag in tags]) for tags in known}
     after_open = [i for i in range(len(ids) + 1) if tokenizer.decode(ids[max(0, i - len(OPEN)) : i]).endswith(OPEN)]
-    found = [(start, run) for start in after_open for run in runs if _stands_at(tokenizer, ids, start, run)]
-    tags = [tag_ids(tokenizer, plan, config) for plan in plans]
-    if [run for _, run in found] != [_run(each) for each in tags]:
-        raise ValueError(
-            f"expected {len(plans)} images with tags of {[len(_run(each)) for each in tags]} tokens, "
-            f"got {len(found)} with {[len(run) for _, run in found]}"
-        )
-    blocks = []
-    for (at, _), each in zip(found, tags, strict=True):
-        tiles = []
-        for tag in each:
-            tiles.append(TileSpan((at, at + len(tag)), (at + len(tag), at + len(tag))))
-            at += len(tag)
-        blocks.append(_block(tiles))
-    return tuple(blocks)
+    return [(start, run) for start in after_open for run in runs if _stands_at(tokenizer, ids, start, run)]
 
 
 def _run(tags: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -312,50 +374,3 @@ def _run(tags: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def _stands_at(tokenizer: Tokenizer, ids: list[int], start: int, run: tuple[int, ...]) -> bool:
     end = start + len(run)
     return tuple(ids[start:end]) == run and tokenizer.decode(ids[end : end + len(CLOSE)]).startswith(CLOSE)
-
-
-def _turns(
-    messages: Sequence[Mapping[str, Any]], num_plans: int, generation: bool
-) -> tuple[list[str | None] | None, list[Turn]]:
-    """The parts of the system message, None without one, and the turns after it."""
-    system, turns = None, []
-    for number, message in enumerate(messages, 1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {number}: role must be system, user or assistant, got {role!r}")
-        if role == "system" and number == 1:
-            system = _parts(number, role, "" if content is None else content)
-        elif role != ("assistant" if len(turns) % 2 else "user"):
-            raise ValueError(f"message {number}: a {role} turn is out of order; after a system turn, user comes first")
-        else:
-            turns.append((role, _parts(number, role, content)))
-    if not turns or (generation and turns[-1][0] != "user"):
-        raise ValueError(f"the last of {len(messages)} messages must be a user's, to be answered")
-    num_places = sum(parts.count(PICTURE) for _, parts in turns)
-    if num_plans and not num_places:
-        num_places = num_plans
-        turns[0][1][:0] = [PICTURE, "\n"] * num_plans
-    if num_places != num_plans:
-        raise ValueError(f"the messages have {num_places} places for images, but there are {num_plans} images")
-    for role, parts in turns:
-        if role == "user" and PICTURE not in parts and not "".join(parts).strip():
-            raise ValueError("a user turn has neither text nor an image")
-    return system, turns
-
-
-def _parts(number: int, role: str, content: Any) -> list[str | None]:
-    if isinstance(content, str):
-        texts = content.split(PLACEHOLDER) if role == "user" else [content]
-        return [part for text in texts for part in (PICTURE, text)][1:]
-    if isinstance(content, list | tuple):
-        return [_part(number, role, part) for part in content]
-    raise ValueError(f"message {number}: content must be a string or a list of parts, got {content!r:.60}")
-
-
-def _part(number: int, role: str, part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if kind == "image" and role == "user":
-        return PICTURE
-    raise ValueError(f"message {number}: a {role} turn cannot hold the part {part!r:.80}")

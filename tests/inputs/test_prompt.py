@@ -46,12 +46,12 @@ IMAGE = {"type": "image"}
 ONE, TWO, SEVEN = plan_of(1, 1), plan_of(2, 1), plan_of(3, 2)
 
 
-def assembled(text, slots_per_pad=1):
+def assembled(text, placeholders_per_pad=1):
     """HF's way: one string with the special tokens in it, split at them alone."""
     qwen, ids = qwen_tokenizer(), []
     for part in re.split(r"(<\|(?:im_start|im_end|vision_pad)\|>)", text):
         if re.fullmatch(r"<\|\w+\|>", part):
-            ids += [qwen.special(part)] * (slots_per_pad if "pad" in part else 1)
+            ids += [qwen.special(part)] * (placeholders_per_pad if "pad" in part else 1)
         else:
             ids += qwen.encode(part)
     return tuple(ids)
@@ -222,11 +222,11 @@ def test_a_system_message_replaces_the_default(content):
 @each_variant
 @each_style
 @pytest.mark.parametrize("plan", (ONE, TWO, SEVEN), ids=("1", "3", "7"))
-def test_slots_by_routing(variant, style, plan):
-    """Trap 18, and vllm#14463: one tile still has a tag and its slots."""
+def test_placeholders_by_routing(variant, style, plan):
+    """Trap 18, and vllm#14463: one tile still has a tag and its placeholders."""
     prompt = build_prompt(qwen_tokenizer(), big(variant), user("<image>\nWhat?"), [plan], style=style)
-    num_slots = {"d": plan.num_tiles, "h": 1, "x": 0}[variant] * 256
-    assert prompt.input_ids.count(PAD) == num_slots
+    num_placeholders = {"d": plan.num_tiles, "h": 1, "x": 0}[variant] * 256
+    assert prompt.input_ids.count(PAD) == num_placeholders
     (block,) = prompt.blocks
     assert len(block.tiles) == plan.num_tiles
     sizes = [tile.placeholders[1] - tile.placeholders[0] for tile in block.tiles]
@@ -350,7 +350,7 @@ def test_wrong_style():
         build_prompt(tiny_tokenizer(), micro("d"), user("x"), [], style="vllm")
 
 
-def test_a_vocabulary_without_slots_says_so():
+def test_a_vocabulary_without_placeholders_says_so():
     class NoPad(type(tiny_tokenizer())):
         def special(self, name):
             if name == "<|vision_pad|>":
@@ -443,20 +443,20 @@ def test_find_blocks_across_turns():
         assert read_prompt(tiny_tokenizer(), micro(variant), list(prompt.input_ids), [TWO, SEVEN]) == prompt
 
 
-def test_wrong_number_of_slots_is_counted():
-    """Trap 18: assert slot count == P * tiles."""
+def test_wrong_number_of_placeholders_is_counted():
+    """Trap 18: assert placeholder count == P * tiles."""
     ids = list(build_prompt(qwen_tokenizer(), big("d"), user("<image>\nWhat?"), [SEVEN]).input_ids)
-    with pytest.raises(ValueError, match="expected 7 tiles x 256 = 1792 image slots, got 1793"):
+    with pytest.raises(ValueError, match="expected 7 tiles x 256 = 1792 image placeholders, got 1793"):
         read_prompt(qwen_tokenizer(), big("d"), [*ids, PAD], [SEVEN])
-    with pytest.raises(ValueError, match="expected 0 tiles x 256 = 0 image slots, got 1792"):
+    with pytest.raises(ValueError, match="expected 0 tiles x 256 = 0 image placeholders, got 1792"):
         read_prompt(qwen_tokenizer(), big("d"), ids, [])
-    with pytest.raises(ValueError, match="expected 14 tiles x 256 = 3584 image slots, got 1792"):
+    with pytest.raises(ValueError, match="expected 14 tiles x 256 = 3584 image placeholders, got 1792"):
         read_prompt(qwen_tokenizer(), big("d"), ids, [SEVEN, SEVEN])
-    with pytest.raises(ValueError, match="expected 1 tiles x 256 = 256 image slots, got 1792"):
+    with pytest.raises(ValueError, match="expected 1 tiles x 256 = 256 image placeholders, got 1792"):
         read_prompt(qwen_tokenizer(), big("h"), ids, [SEVEN])
 
 
-def test_slots_must_stand_together():
+def test_placeholders_must_stand_together():
     ids = list(build_prompt(tiny_tokenizer(), micro("h"), user("<image>\nWhat?"), [SEVEN]).input_ids)
     pad = tiny_tokenizer().special("<|vision_pad|>")
     ids.insert(ids.index(pad) + 3, ids[0])
@@ -465,7 +465,7 @@ def test_slots_must_stand_together():
 
 
 @each_vocabulary
-def test_slots_without_their_tags_have_empty_tag_spans(vocabulary):
+def test_placeholders_without_their_tags_have_empty_tag_spans(vocabulary):
     """A caller's ids are used as they are: Megatron pretrains D without tags."""
     tokenizer = VOCABULARIES[vocabulary]()
     untagged = build_prompt(tokenizer, micro("d", "none"), user("<image>\nWhat?"), [SEVEN])
@@ -474,7 +474,7 @@ def test_slots_without_their_tags_have_empty_tag_spans(vocabulary):
     assert all(tile.tag == (tile.placeholders[0], tile.placeholders[0]) for tile in block.tiles)
 
 
-def test_slots_at_the_very_start_have_no_tag():
+def test_placeholders_at_the_very_start_have_no_tag():
     pad = tiny_tokenizer().special("<|vision_pad|>")
     (block,) = read_prompt(tiny_tokenizer(), micro("d"), [pad] * 16, [ONE]).blocks
     assert (block.start, block.end, block.tiles[0].tag) == (0, 16, (0, 0))

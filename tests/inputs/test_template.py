@@ -204,7 +204,7 @@ def test_a_template_may_not_move_one_picture_before_another():
     assert len(rendered(swapped, [*user("<image> One?"), *messages[1:2], *user("And?")], [TWO]).blocks) == 1
 
 
-def test_only_a_picture_writes_slots():
+def test_only_an_image_writes_placeholders():
     with pytest.raises(ValueError, match="vision_pad"):
         rendered(MESSAGE + "<|vision_pad|>", user("What?"))
 
