@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from tests.docs.pages import GUIDES, ROOT, blocks_of, name_of
 
 WITH_PYTHON = [page for page in GUIDES if any(block.language == "python" for block in blocks_of(page))]

@@ -8,10 +8,13 @@ import subprocess
 import sys
 
 import pytest
+
 from tests.docs.pages import PAGES, ROOT, blocks_of, name_of
 
 LANGUAGES = {"python", "sh", "console", "text", "json"}
-COMMAND = re.compile(r"^(\$ |nvlm |python |python3 |pip |make |pytest |torchrun |curl |TRITON_INTERPRET|NVLM_)", re.MULTILINE)
+COMMAND = re.compile(
+    r"^(\$ |nvlm |python |python3 |pip |make |pytest |torchrun |curl |TRITON_INTERPRET|NVLM_)", re.MULTILINE
+)
 # (page, how the block begins): why it is not run
 NOT_RUN = {
     ("README.md", "$ make demo"): "installs an environment; .ci/run does it",
