@@ -1,6 +1,5 @@
 """README and docs name what is there: links, paths, modules, commands, options, fields; in the glossary's words."""
 
-import ast
 import importlib.util
 import inspect
 import re
@@ -44,17 +43,6 @@ def table_after(page: Path, heading: str) -> list[list[str]]:
 
 def names_in(cells: list[str]) -> set[str]:
     return {re.match(r"\w*", word)[0] for cell in cells for word in re.findall(r"`([^`]+)`", cell)}
-
-
-def functions(path: Path) -> set[str]:
-    """Functions of a file, methods as Class.method, and classes."""
-    found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
-    return found
 
 
 def test_the_readme_is_short():
@@ -180,20 +168,3 @@ def test_every_module_of_the_rooms_is_named():
     text = ARCHITECTURE.read_text()
     modules = {p.stem for p in (ROOT / "nvlm_runtime").glob("*/*.py")} - {"__init__"}
     assert not {name for name in modules if f"`{name}`" not in text}
-
-
-WALKS = re.findall(r"^### Walk: (.+)\n(.*?)(?=^##)", ARCHITECTURE.read_text(), re.MULTILINE | re.DOTALL)
-HOP = re.compile(r"^\d+\. `([\w/]+\.py)`: `([\w.]+)`", re.MULTILINE)
-
-
-@pytest.mark.parametrize(("title", "text"), WALKS, ids=[title for title, _ in WALKS])
-def test_a_walk_has_ten_hops_that_exist(title, text):
-    hops = HOP.findall(text)
-    assert len(hops) == len(re.findall(r"^\d+\.", text, re.MULTILINE)), "a hop is a file and a function"
-    assert 2 <= len(hops) <= 10 and len(set(hops)) == len(hops)
-    for path, function in hops:
-        assert function in functions(ROOT / path), f"{path} has no {function}"
-
-
-def test_there_are_four_walks():
-    assert len(WALKS) == 4
