@@ -54,8 +54,8 @@ def decode(folder):
     pieces = iter(stream)
     next(pieces)
     with calls() as found:
-        next(pieces)
-    stream.close()
+        for _ in pieces:
+            pass
     return found
 
 
@@ -69,7 +69,7 @@ def train(folder):
     with calls() as found:
         trainer = Trainer(read_recipe("sft-x", [*changes, "plot=false", "precision=float32"]), log=lambda line: None)
         with closing(trainer.source):
-            while not any(function == "pack" for _, function in found):  # its thread reads ahead of the step
+            while ("nvlm_runtime/training/packing.py", "pack") not in found:  # its thread reads ahead of the step
                 time.sleep(0.01)
             trainer.step()
     return found
