@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nvlm_kernels import rotary, tile_attention
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.model.past import PackedPast
@@ -113,18 +114,17 @@ def test_a_document_changes_no_other_by_a_bit(tmp_path, variant):
     assert not (changed & real).any()
 
 
-def test_the_kernels_intervals_are_the_documents(monkeypatch):
+def test_the_kernels_intervals_are_the_documents():
     """What a GPU is given, one interval a token, against torch's attention document by document."""
-
     torch.manual_seed(0)
     heads, kv = TEXT.num_attention_heads, TEXT.num_key_value_heads
     qkv = torch.randn(2, 20, (heads + 2 * kv) * TEXT.head_dim).double()
     angles = torch.randn(2, 2, 20, TEXT.head_dim).double().unbind()
     past = PackedPast((((0, 7), (7, 8), (8, 20)), ((0, 15),)), 20, torch.device("cpu"))
     want = past.attend(qkv, angles, heads, kv)
-    q, k = past_file.rotary(qkv, *angles, heads, kv)
+    q, k = rotary(qkv, *angles, heads, kv)
     v = qkv.unflatten(-1, (-1, TEXT.head_dim))[:, :, -kv:]
-    got = past_file.tile_attention(q, k, v, past.intervals)
+    got = tile_attention(q, k, v, past.intervals)
     torch.testing.assert_close(got, want)
     assert not want[1, 15:].any()
     assert past.positions[0].tolist() == [*range(7), 0, *range(12)]
