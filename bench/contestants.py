@@ -14,7 +14,7 @@ from PIL import Image
 
 from bench.transformers_peer import transformers_model
 from nvlm_runtime import NVLM
-from nvlm_runtime.analysis.eager import PlainRows, answer, project, see
+from nvlm_runtime.analysis import eager
 from nvlm_runtime.engine.request import PreparedPrompt
 from nvlm_runtime.engine.sampling import GenerationParams
 
@@ -54,20 +54,20 @@ class Eager:
         began = time.perf_counter()
         pixel_values = self.engine.prepare("?", [picture]).pixel_values[0]
         pixel_values = pixel_values.to(self.engine.device, self.engine.dtype)
-        project(self.model, see(self.model.vision_model, pixel_values))
+        eager.project(self.model, eager.encode(self.model.vision_model, pixel_values))
         wait(self.engine)
         return time.perf_counter() - began
 
     def first(self, picture: Image.Image, question: str) -> tuple[float, float]:
         began = time.perf_counter()
         prepared = self.engine.prepare(question, [picture])
-        given = answer(self.model, prepared, 1, self.engine.tokenizer.vocab_size)
+        given = eager.generate(self.model, prepared, 1, self.engine.tokenizer.vocab_size)
         return time.perf_counter() - began, sum(given.timings[stage] for stage in ("tile", "encode", "project"))
 
     @torch.inference_mode()
     def steps(self, batch: int, context: int, num: int) -> Iterator[float]:
-        rows = PlainRows(self.model, batch, context + num, self.engine.tokenizer.vocab_size)
-        rows.pretend(context)
+        rows = eager.EagerBatch(self.model, batch, context + num, self.engine.tokenizer.vocab_size)
+        rows.fill_context(context)
         for _ in range(num):
             began = time.perf_counter()
             rows.step()

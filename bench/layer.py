@@ -22,7 +22,7 @@ from bench.report import table, write
 from bench.synthetic import random_model
 from bench.train_step import percentiles
 from nvlm_runtime.analysis.devices import Device, read_bandwidth
-from nvlm_runtime.analysis.plan import Request, plan_model
+from nvlm_runtime.analysis.plan import Workload, plan_model
 from nvlm_runtime.checkpoint.weights import load, save
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.model.model import NVLMModel
@@ -86,7 +86,7 @@ def in_fp64(folder: Path) -> dict[str, Tensor]:
 def planned(config: NVLMConfig, size: int, machine: Device) -> dict[str, float]:
     """Seconds by `nvlm plan`, where each of `size` ranks has its share of the machine."""
     share = replace(machine, bandwidth=machine.bandwidth / size, flops=machine.flops / size)
-    seconds = plan_model(config, Request(1, TOKENS["prompt"], 0), share, size).seconds
+    seconds = plan_model(config, Workload(1, TOKENS["prompt"], 0), share, size).seconds
     return dict(zip(TOKENS, seconds.values(), strict=True))
 
 

@@ -33,7 +33,7 @@ from bench.chart import COLOURS, one_axis
 from bench.report import RESULTS, table, write
 from bench.synthetic import full_tokenizer, random_model
 from bench.train_contestants import PLANNED_ROWS, SEQ_LEN, Contestant, Figures
-from nvlm_runtime.analysis.plan import Request, find_device, plan_model
+from nvlm_runtime.analysis.plan import Workload, find_device, plan_model
 from nvlm_runtime.analysis.profile import check_matplotlib
 from nvlm_runtime.checkpoint.weights import save
 from nvlm_runtime.config import VARIANTS, CrossConfig, NVLMConfig
@@ -150,7 +150,7 @@ def measure(
 
 def planned_mb(variant: str) -> float:
     """What `nvlm plan` says a step needs above weights and optimizer."""
-    request, trains = Request(PLANNED_ROWS, SEQ_LEN, 7), trained_parts(variant, "sft")
+    request, trains = Workload(PLANNED_ROWS, SEQ_LEN, 7), trained_parts(variant, "sft")
     plan = plan_model(model_config(variant), request, find_device("cpu"), dtype=torch.float32, trains=trains)
     return sum(count for name, count in plan.bytes.items() if name not in ("weights", "optimizer")) / 1e6
 

@@ -1,1 +1,1 @@
-"""What a model costs and where it looks: memory plans, profiles, attention maps."""
+"""What a model costs and what it attends to: memory plans, device limits, profiles, attention maps."""

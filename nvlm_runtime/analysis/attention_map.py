@@ -1,14 +1,17 @@
-"""What a model looked at while it chose its tokens: each image token's share of the attention, where it lies.
+"""Attention maps: how much attention each image token receives while a model chooses the tokens of its answer.
 
-Softmax weights, means over heads and layers. What cross-attention reads (all tiles of NVLM-X, the regular ones of
-NVLM-H) is one distribution over its image tokens, what the decoder holds (all tiles of NVLM-D, NVLM-H's thumbnail)
-another; the keys of NVLM-H's tags and the text's own are left out. Attention shows where a layer read, not why.
+The weights are softmax weights, averaged over heads and layers. Two distributions are kept apart: one over the image
+tokens that cross-attention reads (all tiles of NVLM-X, the regular tiles of NVLM-H), one over the image tokens in the
+decoder's sequence (all tiles of NVLM-D, the thumbnail of NVLM-H). The keys of NVLM-H's tile tags and of the text are
+left out. An attention map shows where a layer reads; it does not explain an answer.
+
+N tiles, S image tokens along a tile's side, T answer tokens, C hidden_size, H heads, Hkv kv heads, D head_dim.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,112 +20,153 @@ from nvlm_kernels import pixel_shuffle, rotary
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.inputs.image import TilePlan
+from nvlm_runtime.inputs.layout import ImageLayout
 from nvlm_runtime.model.cross import GatedCrossAttention
-from nvlm_runtime.model.decoder import SelfAttention
+from nvlm_runtime.model.decoder import Decoder, Layer, SelfAttention
 
 
 @dataclass(frozen=True)
-class ImageLook:
-    """weights: fp32 [T, N, S, S], T tokens' shares of the image tokens of N tiles, the thumbnail last, row-major."""
+class ImageAttention:
+    """The attention that one image receives.
+
+    Attributes:
+        plan: How the image is cut into tiles.
+        weights: fp32 [T, N, S, S], each answer token's weights of the image tokens, row by row within a tile. The
+            thumbnail is the last tile.
+    """
 
     plan: TilePlan
     weights: Tensor
 
 
 @dataclass(frozen=True)
-class Look:
-    """Over all images the weights of tiles in the decoder sum to 1 for every token, and so do those of tiles behind
-    cross-attention. in_decoder: [N] an image, which tiles are in the decoder. decoder_share: fp32 [T], of the decoder's
-    self-attention, what fell on image tokens; the rest fell on text. gates: tanh of each gated layer's, the
-    feed-forward's beside it or None.
+class AttentionMap:
+    """The attention that all images of a request receive.
+
+    For every answer token, the weights of the tiles in the decoder sum to 1 over all images, and so do the weights of
+    the tiles that cross-attention reads.
+
+    Attributes:
+        images: One entry per image.
+        in_decoder: Per image [N], whether a tile's image tokens are in the decoder's sequence.
+        decoder_share: fp32 [T], the part of the decoder's self-attention that image tokens receive. The text receives
+            the rest.
+        gates: Per gated layer, tanh of the attention's gate and of the feed-forward's gate (None without one).
     """
 
-    images: tuple[ImageLook, ...]
+    images: tuple[ImageAttention, ...]
     in_decoder: tuple[tuple[bool, ...], ...]
     decoder_share: Tensor
     gates: dict[int, tuple[float, float | None]]
 
 
 @torch.inference_mode()
-def look(model: NVLM, input_ids: Sequence[int], images: Sequence[Any], first: int) -> Look:
-    """What was looked at when each of the tokens from `first` on was chosen, by one full forward over exact ids.
+def attention_map(model: NVLM, input_ids: Sequence[int], images: Sequence[Any], first: int) -> AttentionMap:
+    """Measures the attention at the moments when the tokens from `first` on are chosen, with one full forward.
 
-    Raises ValueError without an image, for a `first` that leaves no token or has none before it, and over ranks.
+    Args:
+        model: The model, in one process.
+        input_ids: Token ids of the prompt and the answer.
+        images: The prompt's images, at least one; whatever `NVLM.prepare` accepts.
+        first: Index of the first answer token, from 1 to len(input_ids) - 1.
+
+    Returns:
+        The attention map of the tokens input_ids[first:].
+
+    Raises:
+        ValueError: No image is given, `first` is out of range, or the model is split over ranks.
     """
     if model.model.group.size > 1:
-        raise ValueError("look runs in one process, the model is split over ranks")
+        raise ValueError("an attention map needs the whole model in one process, this one is split over ranks")
     if not images:
-        raise ValueError("look needs an image to look at")
+        raise ValueError("an attention map needs an image")
     if not 1 <= first < len(input_ids):
         raise ValueError(f"first must be from 1 to {len(input_ids) - 1}, the last token, got {first}")
     prepared = model.prepare(input_ids=input_ids, images=images)
-    decoder, rows = model.model.language_model, slice(first - 1, len(input_ids) - 1)
-    with _watched(decoder, rows) as seen:
+    decoder = model.model.language_model
+    with _recorded(decoder, slice(first - 1, len(input_ids) - 1)) as recorded:
         model.logits(input_ids, images)
-    crossed, own = (torch.stack(found).mean(0) if found else None for found in (seen["cross"], seen["self"]))
-    config, num_tokens = model.config, len(input_ids) - first
-    place = _places(config)
-    parts, in_decoder = [], []
-    for image in prepared.layout.images:
-        weights = torch.zeros(num_tokens, image.num_tiles, len(place))
-        at = image.keys[0]
-        for piece in image.key_sources:
-            length = len(place) if isinstance(piece, int) else len(piece)
-            if isinstance(piece, int):
-                weights[:, piece, place] = crossed[:, at : at + length]
-            at += length
-        for number, tile in enumerate(image.placeholder_tiles):
-            slots = image.placeholders[number * len(place) : (number + 1) * len(place)]
-            weights[:, tile, place] = own[:, list(slots)]
-        parts.append(weights)
-        in_decoder.append(tuple(tile in image.placeholder_tiles for tile in range(image.num_tiles)))
-    weights, held = torch.cat(parts, dim=1), torch.tensor([tile for tiles in in_decoder for tile in tiles])
+    own = torch.stack(recorded["self"]).mean(0)
+    crossed = torch.stack(recorded["cross"]).mean(0) if recorded["cross"] else None
+    places = _places(model.config)
+    layouts = prepared.layout.images
+    in_decoder = tuple(tuple(tile in image.placeholder_tiles for tile in range(image.num_tiles)) for image in layouts)
+    weights = torch.cat([_tile_weights(image, places, crossed, own) for image in layouts], dim=1)
+    held = torch.tensor([tile for tiles in in_decoder for tile in tiles])
     decoder_share = weights[:, held].sum((1, 2))
-    for group in (held, ~held):
-        weights[:, group] /= weights[:, group].sum((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    side = round(len(place) ** 0.5)
-    split = weights.unflatten(-1, (side, side)).split([len(tiles) for tiles in in_decoder], dim=1)
-    looks = tuple(ImageLook(plan, part) for plan, part in zip(prepared.plans, split, strict=True))
-    return Look(looks, tuple(in_decoder), decoder_share, gates_of(decoder))
+    for part in (held, ~held):
+        weights[:, part] /= weights[:, part].sum((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    side = round(len(places) ** 0.5)
+    parts = weights.unflatten(-1, (side, side)).split([len(tiles) for tiles in in_decoder], dim=1)
+    per_image = tuple(ImageAttention(plan, part) for plan, part in zip(prepared.plans, parts, strict=True))
+    return AttentionMap(per_image, in_decoder, decoder_share, gates_of(decoder))
 
 
-def gates_of(decoder: nn.Module) -> dict[int, tuple[float, float | None]]:
-    """By layer: what the attention's output and the feed-forward's are multiplied by."""
+def gates_of(decoder: Decoder) -> dict[int, tuple[float, float | None]]:
+    """Reads the gates of a decoder.
+
+    Args:
+        decoder: Any decoder; one without gated layers gives {}.
+
+    Returns:
+        Per gated layer, the factors of the attention's output and of the feed-forward's output (None without one).
+    """
     found = {}
     for i in decoder.cross_layers:
-        cross = decoder.layers[i].cross_attn
+        cross = cast(GatedCrossAttention, cast(Layer, decoder.layers[i]).cross_attn)
         ffn_gate = None if cross.ffn == "none" else torch.tanh(cross.ffn_gate.float()).item()
         found[i] = torch.tanh(cross.gate.float()).item(), ffn_gate
     return found
 
 
-@contextmanager
-def _watched(decoder: nn.Module, rows: slice) -> Iterator[dict[str, list[Tensor]]]:
-    """While it is open, every layer's weights of `rows`, means over heads: [R, S] of image keys, [R, T] of text."""
-    seen: dict[str, list[Tensor]] = {"cross": [], "self": []}
+def _tile_weights(image: ImageLayout, places: Tensor, crossed: Tensor | None, own: Tensor) -> Tensor:
+    """Collects one image's weights, fp32 [T, N, S * S], from the recorded ones of image keys and of text positions."""
+    size = len(places)
+    weights = torch.zeros(len(own), image.num_tiles, size)
+    start = image.keys[0]
+    for piece in image.key_sources:
+        if isinstance(piece, int):
+            assert crossed is not None
+            weights[:, piece, places] = crossed[:, start : start + size]
+        start += size if isinstance(piece, int) else len(piece)
+    for number, tile in enumerate(image.placeholder_tiles):
+        weights[:, tile, places] = own[:, list(image.placeholders[number * size : (number + 1) * size])]
+    return weights
 
-    def cross(module: GatedCrossAttention, inputs: tuple[Any, ...]) -> None:
+
+@contextmanager
+def _recorded(decoder: Decoder, rows: slice) -> Iterator[dict[str, list[Tensor]]]:
+    """Records every layer's weights of the tokens in `rows`, averaged over heads: [R, S] of image keys, [R, T] of text.
+
+    The hooks recompute q and k from each attention's inputs; the forward itself is unchanged.
+    """
+    recorded: dict[str, list[Tensor]] = {"cross": [], "self": []}
+
+    def cross(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, GatedCrossAttention)
         x, branch, k, _, intervals = inputs
         q = module.q_proj(module.norm.join(x, branch)[1][:, rows]).unflatten(-1, (-1, module.head_dim))
         keys, (start, end) = torch.arange(k.shape[1], device=k.device), intervals[0, rows].unbind(-1)
-        seen["cross"].append(_weights(q, k, (keys >= start[:, None]) & (keys < end[:, None])))
+        recorded["cross"].append(_weights(q, k, (keys >= start[:, None]) & (keys < end[:, None])))
 
-    def own(module: SelfAttention, inputs: tuple[Any, ...]) -> None:
-        x, angles, _ = inputs
-        q, k = rotary(module._qkv(x), *angles, module.num_heads, module.num_kv_heads)
-        places = torch.arange(x.shape[1], device=x.device)
-        seen["self"].append(_weights(q[:, rows], k, places <= places[rows, None]))
+    def own(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, SelfAttention)
+        x, (cos, sin), _ = inputs
+        q, k = rotary(module._qkv(x), cos, sin, module.num_heads, module.num_kv_heads)
+        positions = torch.arange(x.shape[1], device=x.device)
+        recorded["self"].append(_weights(q[:, rows], k, positions <= positions[rows, None]))
 
     with ExitStack() as stack:
         for layer in decoder.layers:
-            for module, hook in ((layer.cross_attn, cross), (layer.self_attn, own)):
-                if module is not None:
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
-        yield seen
+            assert isinstance(layer, Layer)
+            if layer.cross_attn is not None:
+                stack.callback(layer.cross_attn.register_forward_pre_hook(cross).remove)
+            stack.callback(layer.self_attn.register_forward_pre_hook(own).remove)
+        yield recorded
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """q: [1, R, H, D]; k: [1, S, Hkv, D]; mask: bool [R, S]. Returns fp32 [R, S] on the CPU; a row may see none."""
+    """q: [1, R, H, D]; k: [1, S, Hkv, D]; mask: bool [R, S], a row may be all False. Returns fp32 [R, S] on the CPU."""
     q, k = (
         q[0].float().transpose(0, 1),
         k[0].float().repeat_interleave(q.shape[2] // k.shape[2], dim=1).permute(1, 2, 0),
@@ -132,7 +176,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 
 def _places(config: NVLMConfig) -> Tensor:
-    """int64 [P]: where in its tile, row by row, each of a tile's image tokens lies; "v1" has them in columns."""
+    """int64 [S * S]: the place in its tile, row by row, of each image token. Pixel shuffle "v1" orders by columns."""
     side = round(config.vision.num_patches**0.5)
     patches = torch.arange(side * side).view(1, -1, 1)
     first = pixel_shuffle(patches, config.ps_version)[0, :, 0]

@@ -1,6 +1,6 @@
-"""GPUs this runtime knows the limits of, and what any machine multiplies and reads in a second.
+"""Limits of known GPUs, and measurements of how fast any machine multiplies matrices and reads memory.
 
-Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM.
+Source: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM.
 """
 
 import statistics
@@ -13,8 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """name: as torch.cuda gives it. memory: bytes. bandwidth: bytes a second. flops: of dense bf16 a second. The last
-    two are None where they are not known.
+    """A device and its limits.
+
+    Attributes:
+        name: As torch.cuda returns it.
+        memory: Bytes.
+        bandwidth: Bytes per second, or None where unknown.
+        flops: Dense bf16 flops per second, or None where unknown.
     """
 
     name: str
@@ -31,7 +36,15 @@ DEVICES = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Flops a second: a known GPU's published ones in bfloat16; else those of the best of five square products."""
+    """Finds the peak of matrix products.
+
+    Args:
+        device: Where to multiply.
+        dtype: Of the matrices.
+
+    Returns:
+        Flops per second: the published value of a known GPU in bfloat16, else the best of five square products.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = {known.name: known.flops for known in DEVICES.values()}
         if (flops := known.get(torch.cuda.get_device_name(device))) is not None:
@@ -39,7 +52,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     x = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(6):  # the first is a warm-up, and never the best
+    for _ in range(6):  # the first one is the warm-up and is never the best
         began = time.perf_counter()
         x @ x
         if device.type == "cuda":
@@ -49,13 +62,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def read_bandwidth(device: torch.device | str, num_bytes: int | None = None, rounds: int = 5) -> float:
-    """Bytes a second of a sum over `num_bytes`, the median of `rounds`: 2**30 on a GPU, 2**28 elsewhere unless given.
-    On a CPU by torch's threads (numpy asks for huge pages).
+    """Measures how fast memory is read, by summing an fp32 tensor; on a CPU with torch's threads.
+
+    Args:
+        device: Whose memory to read.
+        num_bytes: Of the tensor; None is 2**30 on a GPU, 2**28 elsewhere.
+        rounds: Sums to time, after a warm-up.
+
+    Returns:
+        Bytes per second of the median sum.
     """
     num_bytes = num_bytes or (2**30 if torch.device(device).type == "cuda" else 2**28)
+    # numpy's memory, because numpy asks for huge pages
     x = torch.from_numpy(np.ones(num_bytes // 4, np.float32)).to(device)
     times = []
-    for _ in range(rounds + 1):  # the first is a warm-up
+    for _ in range(rounds + 1):  # the first one is the warm-up
         began = time.perf_counter()
         x.sum().item()
         times.append(time.perf_counter() - began)

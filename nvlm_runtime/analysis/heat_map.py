@@ -1,4 +1,4 @@
-"""Pictures for people of what a model looked at: warm where it read most."""
+"""Heat maps: images in which the places that receive the most attention are bright and orange."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,30 @@ from torch import Tensor
 
 from nvlm_runtime.inputs.image import TilePlan, draw_plan
 
-DARK, WARM = 0.35, (255, 120, 0)  # brightness of what was not looked at, and the colour of what was most
-SMALLEST = 224  # pixels of a tile's side: smaller ones are enlarged
+COLD_BRIGHTNESS = 0.35  # of a place with weight 0
+HOT_COLOR = (255, 120, 0)  # mixed into the place with the largest weight
+SMALLEST = 224  # pixels; tiles with a smaller side are enlarged
 
 
-def draw_heat(image: Image.Image, plan: TilePlan, weights: Tensor) -> Image.Image:
-    """The picture as its grid stretches it, with its tiles' lines; beside it the thumbnail, where there is one.
+def draw_heat_map(image: Image.Image, plan: TilePlan, weights: Tensor) -> Image.Image:
+    """Draws attention weights over an image, stretched to its tile grid, with the thumbnail beside it if there is one.
 
-    weights: [N, S, S] of the plan's tiles. The warmest place of each of the two is its own largest weight.
+    The grid and the thumbnail are scaled separately: the brightest place of each has its own largest weight.
+
+    Args:
+        image: The image.
+        plan: How the image is cut into tiles.
+        weights: fp32 [N, S, S], the weights of the plan's N tiles, the thumbnail last.
+
+    Returns:
+        An RGB image.
     """
-    side, num, times = plan.image_size, plan.num_regular, max(1, SMALLEST // plan.image_size)
+    side, num, scale = plan.image_size, plan.num_regular, max(1, SMALLEST // plan.image_size)
     grid = weights[:num].unflatten(0, (plan.rows, plan.cols)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    canvas = _warm(draw_plan(image, plan), grid, times)
+    canvas = _heated(draw_plan(image, plan), grid, scale)
     if not plan.has_thumbnail:
         return canvas
-    thumbnail = _warm(image.resize((side, side), Image.Resampling.BICUBIC), weights[num], times)
+    thumbnail = _heated(image.resize((side, side), Image.Resampling.BICUBIC), weights[num], scale)
     left = canvas.width + thumbnail.width // 8
     both = Image.new("RGB", (left + thumbnail.width, canvas.height), "white")
     both.paste(canvas, (0, 0))
@@ -30,23 +39,31 @@ def draw_heat(image: Image.Image, plan: TilePlan, weights: Tensor) -> Image.Imag
     return both
 
 
-def stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One above the other."""
-    gap = max(picture.height for picture in pictures) // 16
-    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
-    whole, at = Image.new("RGB", (max(picture.width for picture in pictures), height), "white"), 0
-    for picture in pictures:
-        whole.paste(picture, (0, at))
-        at += picture.height + gap
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """Puts images below one another.
+
+    Args:
+        images: At least one image.
+
+    Returns:
+        One RGB image on a white ground, with gaps of a sixteenth of the tallest image's height.
+    """
+    gap = max(image.height for image in images) // 16
+    height = sum(image.height for image in images) + gap * (len(images) - 1)
+    whole, top = Image.new("RGB", (max(image.width for image in images), height), "white"), 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height + gap
     return whole
 
 
-def _warm(picture: Image.Image, weights: Tensor, times: int) -> Image.Image:
-    """weights: [rows, cols], over the picture enlarged so many times."""
-    picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
-    heat = (weights / weights.max().clamp(min=1e-12)).numpy()
-    heat = Image.fromarray(np.uint8(255 * heat)).resize(picture.size, Image.Resampling.BILINEAR)
-    heat = np.asarray(heat, np.float32)[..., None] / 255
-    pixels = np.asarray(picture, np.float32)
-    pixels = pixels * (DARK + (1 - DARK) * heat) + 0.3 * heat * (np.array(WARM, np.float32) - pixels)
-    return Image.fromarray(np.uint8(pixels.clip(0, 255)))
+def _heated(image: Image.Image, weights: Tensor, scale: int) -> Image.Image:
+    """Enlarges the image `scale` times and draws weights [rows, cols] over it."""
+    image = image.resize((scale * image.width, scale * image.height), Image.Resampling.BICUBIC)
+    relative = (weights / weights.max().clamp(min=1e-12)).numpy()
+    layer = Image.fromarray(np.uint8(255 * relative)).resize(image.size, Image.Resampling.BILINEAR)
+    heat = np.asarray(layer, np.float32)[..., None] / 255
+    pixels = np.asarray(image, np.float32)
+    heated = pixels * (COLD_BRIGHTNESS + (1 - COLD_BRIGHTNESS) * heat)
+    heated += 0.3 * heat * (np.array(HOT_COLOR, np.float32) - pixels)
+    return Image.fromarray(np.uint8(heated.clip(0, 255)))

@@ -1,7 +1,7 @@
-"""One request, stage by stage: what each takes, beside plain PyTorch, and what torch's profiler sees inside it.
+"""Profiles one request phase by phase, next to the eager reference, and shows which operators a phase's time goes to.
 
-Times are medians of runs without the profiler, ours and plain PyTorch in turn, on cold images and prompts. The profiled
-run comes after them: its trace has a range "nvlm.STAGE" around every stage, and says what a stage's time went into.
+Times are medians of runs without torch's profiler. Our runs and eager runs alternate, and every run starts without
+cached images and prefixes. The profiled run comes last; its trace has a range "nvlm.<phase>" around every phase.
 """
 
 import statistics
@@ -13,69 +13,96 @@ from typing import Any
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
 
-from nvlm_runtime.analysis.eager import answer
+from nvlm_runtime.analysis import eager
 from nvlm_runtime.engine.nvlm import NVLM
-from nvlm_runtime.engine.request import Output
+from nvlm_runtime.engine.request import PHASES, Output
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.model.adapter import AdaptedLinear
 
-STAGES = ("open", "tile", "encode", "project", "prefill", "decode")
+PROFILED_PHASES = ("open", *PHASES, "decode")
 
 
 @dataclass(frozen=True)
-class StageTime:
-    """seconds, plain_seconds: medians. share: of all our stages. ops: largest first, (name, its share of the stage's
-    own CPU time under the profiler).
+class PhaseTime:
+    """The time of one phase.
+
+    Attributes:
+        phase: One of `PROFILED_PHASES`.
+        seconds: Median of our runs.
+        share: Part of the time of all phases, from 0 to 1.
+        eager_seconds: Median of the eager reference's runs.
+        ops: Operators, slowest first, each with its part of the phase's own CPU time under the profiler.
     """
 
-    stage: str
+    phase: str
     seconds: float
     share: float
-    plain_seconds: float
+    eager_seconds: float
     ops: tuple[tuple[str, float], ...]
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than plain PyTorch; None where a stage does nothing."""
-        return self.plain_seconds / self.seconds if self.seconds > 0 and self.plain_seconds > 0 else None
+        """Speed-up over the eager reference; None where one of the two does nothing."""
+        return self.eager_seconds / self.seconds if self.seconds > 0 and self.eager_seconds > 0 else None
 
 
 @dataclass(frozen=True)
 class Profile:
-    """stages: those the request has. output: of the profiled run."""
+    """The profile of one request.
 
-    stages: tuple[StageTime, ...]
+    Attributes:
+        phases: The phases that the request has.
+        output: Of the run under the profiler.
+        trace: That run's trace.
+    """
+
+    phases: tuple[PhaseTime, ...]
     output: Output
     trace: profile
 
 
 def check_matplotlib() -> None:
-    """ValueError where pictures cannot be drawn, to be called before any work is done."""
+    """Checks that charts can be drawn; call it before any work is done.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError('a picture needs matplotlib: pip install "nvlm-runtime[viz]"') from error
+        raise ValueError('a chart needs matplotlib: pip install "nvlm-runtime[viz]"') from error
 
 
 def profile_request(
-    engine: NVLM, prompt: str, images: Sequence[Any], params: GenerationParams, rounds: int = 3
+    model: NVLM, prompt: str, images: Sequence[Any], params: GenerationParams, rounds: int = 3
 ) -> Profile:
-    """engine: must keep neither handles nor prefixes, or later runs would find what earlier ones made.
+    """Runs one request several times, here and in the eager reference, and once under torch's profiler.
 
-    Raises ValueError for such an engine, for sampling (plain PyTorch is greedy), for less than one round, and as
-    `prepare` does.
+    Args:
+        model: A model that keeps no prefixes and no encoded images, so that every run does all the work.
+        prompt: The question.
+        images: Its images.
+        params: How to generate; the eager reference is greedy.
+        rounds: Runs of each, after a warm-up.
+
+    Returns:
+        The profile.
+
+    Raises:
+        ValueError: The model reuses work, the parameters sample, adapters are not merged, or `rounds` is below 1; and
+            whatever `NVLM.prepare` raises.
     """
-    if engine.reuse or engine.encoder.cache.max_bytes:
-        raise ValueError("a profile needs an engine made with reuse=False and image_cache_bytes=0")
+    if model.reuse or model.encoder.cache.max_bytes:
+        raise ValueError("a profile needs a model loaded with reuse=False and image_cache_bytes=0")
     if params.temperature or params.repetition_penalty != 1:
-        raise ValueError("a profile is greedy: expected temperature 0 and repetition_penalty 1")
+        raise ValueError("a profile needs greedy decoding: expected temperature 0 and repetition_penalty 1")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if any(isinstance(module, AdaptedLinear) for module in engine.model.modules()):
-        raise ValueError("a profile needs adapters merged: plain PyTorch reads the weights alone")
+    if any(isinstance(module, AdaptedLinear) for module in model.model.modules()):
+        raise ValueError("a profile needs merged adapters (merge_lora=True): the eager reference has no adapters")
 
     def ours() -> Output:
-        stream = engine.complete(engine.prepare(prompt, images), params)
+        stream = model.complete(model.prepare(prompt, images), params)
         for _ in stream:
             pass
         return stream.output
@@ -83,41 +110,48 @@ def profile_request(
     output = ours()
     num_tokens = len(output.token_seconds) + 1
 
-    def plain() -> dict[str, float]:
-        prepared = engine.prepare(prompt, images)
-        return prepared.timings | answer(engine.model, prepared, num_tokens, engine.tokenizer.vocab_size).timings
+    def reference() -> dict[str, float]:
+        prepared = model.prepare(prompt, images)
+        return prepared.timings | eager.generate(model.model, prepared, num_tokens, model.tokenizer.vocab_size).timings
 
-    plain()
+    reference()
     engine_times: list[dict[str, float]] = []
-    plain_times: list[dict[str, float]] = []
+    eager_times: list[dict[str, float]] = []
     for _ in range(rounds):
         engine_times.append(ours().timings)
-        plain_times.append(plain())
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if engine.device.type == "cuda" else [])
+        eager_times.append(reference())
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])
     with profile(activities=activities) as trace:
         output = ours()
     medians = [
-        {stage: statistics.median(times[stage] for times in runs) for stage in STAGES}
-        for runs in (engine_times, plain_times)
+        {phase: statistics.median(times[phase] for times in runs) for phase in PROFILED_PHASES}
+        for runs in (engine_times, eager_times)
     ]
     total = sum(medians[0].values())
-    ops = stage_ops(trace.events())
-    stages = tuple(
-        StageTime(stage, medians[0][stage], medians[0][stage] / total, medians[1][stage], ops.get(stage, ()))
-        for stage in STAGES
-        if medians[0][stage] or medians[1][stage] or stage in ops
+    ops = phase_ops(trace.events())
+    phases = tuple(
+        PhaseTime(phase, medians[0][phase], medians[0][phase] / total, medians[1][phase], ops.get(phase, ()))
+        for phase in PROFILED_PHASES
+        if medians[0][phase] or medians[1][phase] or phase in ops
     )
-    return Profile(stages, output, trace)
+    return Profile(phases, output, trace)
 
 
-def stage_ops(events: EventList) -> dict[str, tuple[tuple[str, float], ...]]:
-    """What each stage's own CPU time went into, largest first, by the ranges of a profiled run."""
+def phase_ops(events: EventList) -> dict[str, tuple[tuple[str, float], ...]]:
+    """Splits each phase's own CPU time by operator.
+
+    Args:
+        events: Of a profiled run, with a range "nvlm.<phase>" per phase.
+
+    Returns:
+        Per phase, its operators, slowest first, each with its part of the phase's time.
+    """
     spans = sorted(
         (event.time_range.start, event.time_range.end, event.name.removeprefix("nvlm."))
         for event in events
         if event.name.startswith("nvlm.")
     )
-    spent: dict[str, dict[str, float]] = {stage: {} for _, _, stage in spans}
+    spent: dict[str, dict[str, float]] = {phase: {} for _, _, phase in spans}
     at = 0
     for event in sorted(events, key=lambda event: event.time_range.start):
         while at < len(spans) and spans[at][1] < event.time_range.start:
@@ -127,29 +161,38 @@ def stage_ops(events: EventList) -> dict[str, tuple[tuple[str, float], ...]]:
             ops = spent[spans[at][2]]
             ops[event.name] = ops.get(event.name, 0.0) + event.self_cpu_time_total
     found = {}
-    for stage, ops in spent.items():
+    for phase, ops in spent.items():
         whole = sum(ops.values()) or 1.0
-        found[stage] = tuple((name, own / whole) for name, own in sorted(ops.items(), key=lambda op: -op[1]))
+        found[phase] = tuple((name, own / whole) for name, own in sorted(ops.items(), key=lambda op: -op[1]))
     return found
 
 
-def draw_stages(stages: Sequence[StageTime], title: str, path: Path) -> None:
-    """Bars of every stage, ours beside plain PyTorch. ValueError without matplotlib."""
+def draw_phases(phases: Sequence[PhaseTime], title: str, path: Path) -> None:
+    """Draws a bar chart of the phases, ours next to the eager reference.
+
+    Args:
+        phases: What to draw.
+        title: The chart's title.
+        path: The image file to write.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.8 + 0.65 * len(stages)), layout="constrained")
+    figure = Figure(figsize=(7, 0.8 + 0.65 * len(phases)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for name, colour, offset, attribute in (
-        ("eager", "#8c8c8c", 0.2, "plain_seconds"),
+        ("eager", "#8c8c8c", 0.2, "eager_seconds"),
         ("ours", "#0b6e4f", -0.2, "seconds"),
     ):
-        values = [1e3 * getattr(stage, attribute) for stage in stages]
-        bars = axis.barh([i + offset for i in range(len(stages))], values, 0.38, color=colour, label=name)
+        values = [1e3 * getattr(phase, attribute) for phase in phases]
+        bars = axis.barh([i + offset for i in range(len(phases))], values, 0.38, color=colour, label=name)
         axis.bar_label(bars, [f"{value:,.1f}" for value in values], padding=3, fontsize=8)
-    axis.set_yticks(range(len(stages)), [stage.stage for stage in stages])
+    axis.set_yticks(range(len(phases)), [phase.phase for phase in phases])
     axis.invert_yaxis()
     axis.set(xlabel="ms", title=title)
     axis.margins(x=0.12)

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nvlm_runtime.analysis.attention_map import Look, look
-from nvlm_runtime.analysis.heat_map import draw_heat, stack
+from nvlm_runtime.analysis.attention_map import AttentionMap, attention_map
+from nvlm_runtime.analysis.heat_map import draw_heat_map, stack
 from nvlm_runtime.commands.loading import load_model
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.inputs.image import check_drawing, open_image
@@ -34,11 +34,11 @@ def run(args: argparse.Namespace) -> int:
     tokens = [model.tokenizer.decode([token]) for token in output.token_ids]
     if args.token is not None and not 1 <= args.token <= len(tokens):
         raise ValueError(f"--token must be from 1 to {len(tokens)}, the answer's tokens, got {args.token}")
-    found = look(model, [*prepared.input_ids, *output.token_ids], pictures, len(prepared.input_ids))
+    found = attention_map(model, [*prepared.input_ids, *output.token_ids], pictures, len(prepared.input_ids))
     if args.png:
         at = slice(None) if args.token is None else slice(args.token - 1, args.token)
         drawn = [
-            draw_heat(picture, seen.plan, seen.weights[at].mean(0))
+            draw_heat_map(picture, seen.plan, seen.weights[at].mean(0))
             for picture, seen in zip(pictures, found.images, strict=True)
         ]
         stack(drawn).save(args.png)
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _values(found: Look, tokens: list[str]) -> dict[str, Any]:
+def _values(found: AttentionMap, tokens: list[str]) -> dict[str, Any]:
     """tiles: of each image, of each token, the tiles' shares."""
     return {
         "tokens": tokens,
@@ -62,7 +62,7 @@ def _values(found: Look, tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, found: Look, tokens: list[str]) -> None:
+def _print(console: Console, found: AttentionMap, tokens: list[str]) -> None:
     for number, seen in enumerate(found.images, 1):
         names = [f"tile {tile}" for tile in range(1, seen.plan.num_regular + 1)]
         names += ["thumbnail"] * seen.plan.has_thumbnail

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_runtime.analysis.plan import Request, find_device, plan_model, suggestions
+from nvlm_runtime.analysis.plan import Workload, find_device, plan_model, suggestions
 from nvlm_runtime.checkpoint.bundled import checkpoint_folder
 from nvlm_runtime.checkpoint.weights import read_json
 from nvlm_runtime.config import from_hf
@@ -22,9 +22,9 @@ def run(args: argparse.Namespace) -> int:
         config = from_hf(read_json(checkpoint_folder(args.name) / "config.json"))
     device, dtype = find_device(args.device), getattr(torch, args.dtype)
     trains = trained_parts(config.variant, args.train) if args.train else ()
-    request = Request(args.batch, args.context, args.tiles)
-    plan = plan_model(config, request, device, args.size, args.vision_split, dtype, trains, args.data)
-    words = suggestions(config, request, plan, args.vision_split, dtype, trains, args.data)
+    workload = Workload(args.batch, args.context, args.tiles)
+    plan = plan_model(config, workload, device, args.size, args.vision_split, dtype, trains, args.data)
+    words = suggestions(config, workload, plan, args.vision_split, dtype, trains, args.data)
     if args.json:
         values = {"name": args.name, "device": device.name, "memory": device.memory, "tp": args.size, "fsdp": args.data}
         values |= {"batch": args.batch, "context": args.context, "tiles": args.tiles, "dtype": args.dtype}
@@ -45,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     for line in words:
         console.print(line, highlight=False)
     for name, seconds in plan.seconds.items():
-        console.print(f"predicted from the roof, not measured: {name} {1e3 * seconds:,.1f} ms", highlight=False)
+        console.print(f"roofline prediction, not measured: {name} {1e3 * seconds:,.1f} ms", highlight=False)
     return 0

@@ -1,4 +1,4 @@
-"""`nvlm profile`: one request stage by stage, beside plain PyTorch."""
+"""`nvlm profile`: one request phase by phase, next to the eager reference."""
 
 import argparse
 import json
@@ -8,27 +8,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_runtime.analysis.profile import StageTime, check_matplotlib, draw_stages, profile_request
+from nvlm_runtime.analysis.profile import PhaseTime, check_matplotlib, draw_phases, profile_request
 from nvlm_runtime.commands.answers import output_values
 from nvlm_runtime.commands.loading import load_model
 from nvlm_runtime.engine.sampling import GenerationParams
 
 
-def _print_stages(console: Console, stages: tuple[StageTime, ...]) -> None:
-    table = Table("stage", "ms", "share", "eager's ms", "times faster", "most of it in")
+def _print_phases(console: Console, phases: tuple[PhaseTime, ...]) -> None:
+    table = Table("phase", "ms", "share", "eager ms", "speed-up", "mostly in")
     for column in table.columns[1:5]:
         column.justify = "right"
-    for stage in stages:
+    for phase in phases:
         table.add_row(
-            stage.stage,
-            f"{1e3 * stage.seconds:.1f}",
-            f"{stage.share:.0%}",
-            f"{1e3 * stage.plain_seconds:.1f}",
-            f"{stage.ratio:.2f}" if stage.ratio else "-",
-            ", ".join(f"{name} {share:.0%}" for name, share in stage.ops[:2]),
+            phase.phase,
+            f"{1e3 * phase.seconds:.1f}",
+            f"{phase.share:.0%}",
+            f"{1e3 * phase.eager_seconds:.1f}",
+            f"{phase.ratio:.2f}" if phase.ratio else "-",
+            ", ".join(f"{name} {share:.0%}" for name, share in phase.ops[:2]),
         )
-    ours, plain = (sum(getattr(stage, name) for stage in stages) for name in ("seconds", "plain_seconds"))
-    table.add_row("total", f"{1e3 * ours:.1f}", "100%", f"{1e3 * plain:.1f}", f"{plain / ours:.2f}", "")
+    ours, eager = (sum(getattr(phase, name) for phase in phases) for name in ("seconds", "eager_seconds"))
+    table.add_row("total", f"{1e3 * ours:.1f}", "100%", f"{1e3 * eager:.1f}", f"{eager / ours:.2f}", "")
     console.print(table)
 
 
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     if args.trace:
         result.trace.export_chrome_trace(args.trace)
     if args.png:
-        draw_stages(result.stages, f"{args.model}, {args.rounds} rounds", Path(args.png))
+        draw_phases(result.phases, f"{args.model}, {args.rounds} rounds", Path(args.png))
     if args.json:
         values = output_values(result.output, model.config)
-        values["stages"] = [asdict(stage) | {"ratio": stage.ratio} for stage in result.stages]
+        values["phases"] = [asdict(phase) | {"ratio": phase.ratio} for phase in result.phases]
         print(json.dumps(values))
         return 0
-    _print_stages(Console(), result.stages)
+    _print_phases(Console(), result.phases)
     return 0

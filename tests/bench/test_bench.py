@@ -15,8 +15,8 @@ from bench.llama_peer import KINDS, write_gguf
 from bench.report import RESULTS, setting
 from bench.synthetic import SHAPES, full_tokenizer, random_model, shape_config, synthetic
 from nvlm_runtime import NVLM
-from nvlm_runtime.analysis.eager import answer, see
-from nvlm_runtime.analysis.profile import profile_request, stage_ops
+from nvlm_runtime.analysis import eager
+from nvlm_runtime.analysis.profile import phase_ops, profile_request
 from nvlm_runtime.commands.cli import main
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.slots import Slots
@@ -120,7 +120,7 @@ def test_contestants_give_the_same_answer(micro):
     picture, question = Image.open(RECEIPT).convert("RGB"), "What is the total?"
     ours = micro.generate(question, [picture], max_new_tokens=8, ignore_eos=True).token_ids
     assert ours[:5] == micro.tokenizer.encode("17.40")
-    plain = answer(micro.model, micro.prepare(question, [picture]), 8, micro.tokenizer.vocab_size)
+    plain = eager.generate(micro.model, micro.prepare(question, [picture]), 8, micro.tokenizer.vocab_size)
     assert plain.token_ids == ours
     assert Transformers(micro).answer(picture, question, 8) == ours
 
@@ -130,12 +130,12 @@ def test_plain_answers_as_the_engine(variant):
     engine = small_engine(variant)
     picture = Image.effect_noise((90, 60), 80).convert("RGB")
     prepared = engine.prepare("What is the total?", [picture])
-    given = answer(engine.model, prepared, 6, engine.tokenizer.vocab_size)
+    given = eager.generate(engine.model, prepared, 6, engine.tokenizer.vocab_size)
     ours = engine.generate("What is the total?", [picture], max_new_tokens=6, ignore_eos=True)
     assert given.token_ids == ours.token_ids
     assert len(given.token_seconds) == 5 and all(given.timings[stage] > 0 for stage in STAGES[1:])
     with pytest.raises(ValueError, match="num_tokens must be from 1"):
-        answer(engine.model, prepared, 0, 512)
+        eager.generate(engine.model, prepared, 0, 512)
 
 
 @pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
@@ -148,7 +148,7 @@ def test_plain_vision_encoder_is_the_vision_encoder(norm_type):
     vision_encoder = randomise(InternViT(config)).double()
     pixels = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(
-        see(vision_encoder, pixels), vision_encoder(pixels), rtol=1e-5, atol=1e-5
+        eager.encode(vision_encoder, pixels), vision_encoder(pixels), rtol=1e-5, atol=1e-5
     )  # _rms computes in fp32
 
 
@@ -271,13 +271,13 @@ def test_the_trace_has_every_stage(capsys, tmp_path):
     code = main(["profile", str(RECEIPT), "What is the total?", "--rounds", "1", "--json", "--trace", str(trace)])
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 0 and values["text"] == "17.40"
-    assert [stage["stage"] for stage in values["stages"]] == list(STAGES)
-    assert sum(stage["share"] for stage in values["stages"]) == pytest.approx(1)
-    assert all(stage["seconds"] > 0 and stage["plain_seconds"] > 0 for stage in values["stages"])
+    assert [phase["phase"] for phase in values["phases"]] == list(STAGES)
+    assert sum(phase["share"] for phase in values["phases"]) == pytest.approx(1)
+    assert all(phase["seconds"] > 0 and phase["eager_seconds"] > 0 for phase in values["phases"])
     events = json.loads(trace.read_text())["traceEvents"]
     count = {stage: sum(event.get("name") == f"nvlm.{stage}" for event in events) for stage in STAGES}
     assert min(count.values()) >= 1 and count["decode"] == len(values["token_seconds"])
-    ops = {stage["stage"]: dict(stage["ops"]) for stage in values["stages"]}
+    ops = {phase["phase"]: dict(phase["ops"]) for phase in values["phases"]}
     assert "aten::argmax" in ops["decode"]
     assert ops["encode"].keys() & {"native::attention", "aten::_scaled_dot_product_flash_attention_for_cpu"}
 
@@ -291,7 +291,7 @@ def test_profile_says_what_it_needs(micro):
     with pytest.raises(ValueError, match="rounds"):
         profile_request(engine, "What?", [], GenerationParams(), rounds=0)
     result = profile_request(engine, "What?", [], GenerationParams(max_new_tokens=3, ignore_eos=True), rounds=1)
-    assert [stage.stage for stage in result.stages if stage.seconds > 0] == ["open", "prefill", "decode"]
+    assert [phase.phase for phase in result.phases if phase.seconds > 0] == ["open", "prefill", "decode"]
 
 
 def test_a_stages_ops_are_its_own():
@@ -303,7 +303,7 @@ def test_a_stages_ops_are_its_own():
         torch.sort(a)
         with torch.profiler.record_function("nvlm.decode"):
             a * a
-    ops = {stage: [name for name, _ in found] for stage, found in stage_ops(seen.events()).items()}
+    ops = {stage: [name for name, _ in found] for stage, found in phase_ops(seen.events()).items()}
     assert ops == {"encode": ["aten::add"], "decode": ["aten::mul"]}
 
 

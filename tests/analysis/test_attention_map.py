@@ -1,4 +1,4 @@
-"""Where a model read: shares that sum to 1, the softmax written out, transformers' own weights, and the picture."""
+"""Attention maps: weights that sum to 1, equal to a softmax written out and to transformers' own; heat maps."""
 
 import json
 from dataclasses import replace
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from nvlm_runtime import NVLM
-from nvlm_runtime.analysis.attention_map import _places, look
-from nvlm_runtime.analysis.heat_map import draw_heat, stack
+from nvlm_runtime.analysis.attention_map import _places, attention_map
+from nvlm_runtime.analysis.heat_map import draw_heat_map, stack
 from nvlm_runtime.commands.cli import main
 from nvlm_runtime.inputs.image import plan_tiles
 from nvlm_runtime.model.model import NVLMModel
@@ -23,13 +23,13 @@ RECEIPT = Path(__file__).parents[2] / "examples" / "receipt.png"
 LARGE, ONE = picture((96, 64)), picture((32, 32), 1)
 
 
-def seen_by(model: NVLM, images: list, num: int = 3):
+def map_of(model: NVLM, images: list, num: int = 3):
     prompt = model.prepare("What is it?", images)
     answer = model.generate("What is it?", images, max_new_tokens=num, ignore_eos=True).token_ids
     return (
         prompt,
         [*prompt.input_ids, *answer],
-        look(model, [*prompt.input_ids, *answer], images, len(prompt.input_ids)),
+        attention_map(model, [*prompt.input_ids, *answer], images, len(prompt.input_ids)),
     )
 
 
@@ -37,9 +37,9 @@ def seen_by(model: NVLM, images: list, num: int = 3):
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
 def test_shares_sum_to_one(variant, images):
     model = small_engine(variant)
-    prompt, _, found = seen_by(model, images)
+    prompt, _, found = map_of(model, images)
     routing, side = model.config.routing, round(model.config.tokens_per_tile**0.5)
-    weights = torch.cat([seen.weights for seen in found.images], dim=1)
+    weights = torch.cat([image.weights for image in found.images], dim=1)
     held = torch.tensor([tile for tiles in found.in_decoder for tile in tiles])
     assert weights.shape == (3, sum(plan.num_tiles for plan in prompt.plans), side, side) and (weights >= 0).all()
     for part, there in ((held, routing.decoder != "none"), (~held, routing.cross != "none" and bool((~held).any()))):
@@ -63,7 +63,7 @@ def test_shares_sum_to_one(variant, images):
 @torch.inference_mode()
 def test_cross_attention_is_the_softmax_written_out(variant):
     model = small_engine(variant)
-    prompt, ids, found = seen_by(model, [LARGE])
+    prompt, ids, found = map_of(model, [LARGE])
     layers, inputs = model.model.language_model.layers, []
     hooks = [
         layer.cross_attn.register_forward_pre_hook(lambda _, i: inputs.append(i))
@@ -113,7 +113,7 @@ def test_the_decoder_s_weights_are_transformers():
     copy_text(decoder, theirs)
     for name in saved:
         getattr(decoder, name).weight.data = torch.randn(tokenizer.vocab_size, 64)
-    prompt, ids, found = seen_by(engine, [LARGE])
+    prompt, ids, found = map_of(engine, [LARGE])
     tokens = engine.encode_image(LARGE).tokens
     x = engine.model.embed(torch.tensor([ids]), [engine.prepare(input_ids=ids, images=[LARGE]).layout], [[tokens]])
     with torch.inference_mode():
@@ -133,35 +133,35 @@ def test_the_shipped_models_read_the_tile_they_are_asked_for(variant):
         question = f"What is the word in tile {tile}?"
         prompt, output = model.prepare(question, [RECEIPT]), model.generate(question, [RECEIPT])
         ids = [*prompt.input_ids, *output.token_ids]
-        shares = look(model, ids, [RECEIPT], len(prompt.input_ids)).images[0].weights.mean(0).sum((1, 2))
+        shares = attention_map(model, ids, [RECEIPT], len(prompt.input_ids)).images[0].weights.mean(0).sum((1, 2))
         assert shares[:6].argmax() == tile - 1, (output.text, shares)
 
 
 @pytest.mark.parametrize(("version", "want"), [("v2", [0, 1, 2, 3]), ("v1", [0, 2, 1, 3])])
-def test_where_a_token_lies(version, want):
+def test_places_of_image_tokens(version, want):
     config = replace(CONFIGS["d"], ps_version=version)
     config = replace(config, vision=replace(config.vision, image_size=4 * config.vision.patch_size))
     assert _places(config).tolist() == want
 
 
-def test_what_cannot_be_looked_at():
+def test_bad_arguments():
     model = small_engine("x")
     ids = model.prepare("What?", [ONE]).input_ids
     with pytest.raises(ValueError, match="needs an image"):
-        look(model, ids, [], 1)
+        attention_map(model, ids, [], 1)
     for first in (0, len(ids), -1):
         with pytest.raises(ValueError, match=f"first must be from 1 to {len(ids) - 1}"):
-            look(model, ids, [ONE], first)
+            attention_map(model, ids, [ONE], first)
 
 
-def test_the_picture_is_warm_where_the_weights_are():
+def test_the_heat_map_is_bright_where_the_weights_are():
     image = Image.new("RGB", (192, 128), (90, 90, 90))
     plan = plan_tiles(192, 128, 64)
     assert (plan.cols, plan.rows, plan.has_thumbnail) == (3, 2, True)
     weights = torch.zeros(7, 4, 4)
     weights[4, 3, 0] = 0.2  # the second row's second tile, its lower left corner
     weights[6, 0, 3] = 0.01  # the thumbnail's upper right corner
-    drawn = draw_heat(image, plan, weights)
+    drawn = draw_heat_map(image, plan, weights)
     assert drawn.size == (3 * 192 + 24 + 192, 2 * 192), "tiles of 64 pixels are drawn three times as large"
     grey = np.asarray(drawn, np.float32).sum(-1)
     tiles, thumbnail = grey[:, :576], grey[:192, 600:]
@@ -171,7 +171,7 @@ def test_the_picture_is_warm_where_the_weights_are():
     y, x = np.unravel_index(thumbnail.argmax(), thumbnail.shape)
     assert y < 48 and x >= 144
     assert drawn.getpixel((576 + 12, 10)) == (255, 255, 255) and drawn.getpixel((600, 300)) == (255, 255, 255)
-    both = stack([drawn, draw_heat(Image.new("RGB", (64, 64)), plan_tiles(64, 64, 64), torch.ones(1, 4, 4))])
+    both = stack([drawn, draw_heat_map(Image.new("RGB", (64, 64)), plan_tiles(64, 64, 64), torch.ones(1, 4, 4))])
     assert both.size == (drawn.width, drawn.height + 192 + drawn.height // 16)
 
 
@@ -203,10 +203,12 @@ def test_bad_words(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_tag_looks_at_its_own_tile_and_text_before_the_image_at_none():
+def test_a_tag_attends_to_its_own_tile_and_text_before_the_image_to_none():
     model = small_engine("x")
     prompt = model.prepare("Before <image> and after", [LARGE])
-    weights = look(model, prompt.input_ids, [LARGE], 1).images[0].weights.sum((2, 3))  # of all rows but the last
+    weights = (
+        attention_map(model, prompt.input_ids, [LARGE], 1).images[0].weights.sum((2, 3))
+    )  # of all rows but the last
     own = 0
     for row, (start, end) in zip(weights, (prompt.layout.intervals[:-1] // model.config.tokens_per_tile).tolist()):
         assert (row[start:end] > 0).all() and row[:start].sum() == row[end:].sum() == 0
