@@ -22,7 +22,7 @@ from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.inputs.image import TilePlan
 from nvlm_runtime.inputs.layout import ImageLayout
 from nvlm_runtime.model.cross import GatedCrossAttention
-from nvlm_runtime.model.decoder import Decoder, Layer, SelfAttention
+from nvlm_runtime.model.decoder import Decoder, DecoderLayer, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def gates_of(decoder: Decoder) -> dict[int, tuple[float, float | None]]:
     """
     found = {}
     for i in decoder.cross_layers:
-        cross = cast(GatedCrossAttention, cast(Layer, decoder.layers[i]).cross_attn)
+        cross = cast(GatedCrossAttention, cast(DecoderLayer, decoder.layers[i]).cross_attn)
         ffn_gate = None if cross.ffn == "none" else torch.tanh(cross.ffn_gate.float()).item()
         found[i] = torch.tanh(cross.gate.float()).item(), ffn_gate
     return found
@@ -158,7 +158,7 @@ def _recorded(decoder: Decoder, rows: slice) -> Iterator[dict[str, list[Tensor]]
 
     with ExitStack() as stack:
         for layer in decoder.layers:
-            assert isinstance(layer, Layer)
+            assert isinstance(layer, DecoderLayer)
             if layer.cross_attn is not None:
                 stack.callback(layer.cross_attn.register_forward_pre_hook(cross).remove)
             stack.callback(layer.self_attn.register_forward_pre_hook(own).remove)
