@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench.reports import report
 from nvlm_runtime import NVLM
 from nvlm_runtime.engine.native import NativeDecoder
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import report
-from bench.card import READ_BYTES
-from bench.llama_peer import KINDS, LlamaRow, write_gguf
-from bench.synthetic import SHAPES, random_model, shape_config
+from bench.peers.llama_peer import KINDS, LlamaRow, write_gguf
+from bench.reports import report
+from bench.reports.card import READ_BYTES
+from bench.setup.synthetic import SHAPES, random_model, shape_config
 from nvlm_kernels.native import load_library
 from nvlm_runtime.engine.native import NativeDecoder
 from nvlm_runtime.engine.step_bytes import StepBytes, step_bytes
@@ -82,7 +82,7 @@ class Routes:
         return row
 
     def _transformers(self, model: NVLMModel):
-        from bench.transformers_peer import transformers_model
+        from bench.peers.transformers_peer import transformers_model
 
         return transformers_model(model, 0)
 

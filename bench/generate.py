@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.card import card
-from bench.chart import draw
-from bench.contestants import Contestant, Ours, contestants
-from bench.report import RESULTS, setting, table
-from bench.resident import peak_bytes
-from bench.synthetic import SHAPES, synthetic
+from bench.peers.contestants import Contestant, Ours, contestants
+from bench.reports.card import card
+from bench.reports.chart import draw
+from bench.reports.report import RESULTS, setting, table
+from bench.setup.resident import peak_bytes
+from bench.setup.synthetic import SHAPES, synthetic
 from nvlm_runtime import NVLM
 from nvlm_runtime.analysis.profile import check_matplotlib
 from nvlm_runtime.checkpoint.bundled import BUNDLED

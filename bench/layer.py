@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.card import READ_BYTES, gemm_rate
-from bench.gloo import run_ranks
-from bench.report import table, write
-from bench.synthetic import random_model
+from bench.reports.card import READ_BYTES, gemm_rate
+from bench.reports.report import table, write
+from bench.setup.gloo import run_ranks
+from bench.setup.synthetic import random_model
 from bench.train_step import percentiles
 from nvlm_runtime.analysis.devices import Device, read_bandwidth
 from nvlm_runtime.analysis.plan import Workload, plan_model

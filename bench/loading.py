@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from bench.gloo import run_ranks
-from bench.report import table, write
-from bench.resident import field_bytes
+from bench.reports.report import table, write
+from bench.setup.gloo import run_ranks
+from bench.setup.resident import field_bytes
 from bench.train_step import percentiles
 from nvlm_runtime.checkpoint.weights import load, save
 from nvlm_runtime.config import NVLMConfig

@@ -20,7 +20,7 @@ import triton
 from bench.proofs.cases import Call, Case
 from bench.proofs.cases.case import tensors_in
 from bench.proofs.options import chosen, options
-from bench.report import table, write
+from bench.reports.report import table, write
 from nvlm_runtime.analysis.devices import DEVICES
 
 # Published peaks: bytes/s of memory, dense bf16 flops/s.

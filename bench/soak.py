@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from bench import report
+from bench.reports import report
 from nvlm_runtime import NVLM
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.serving import Answer, Engine, QueueFull

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.chart import COLOURS, one_axis
-from bench.report import RESULTS, table, write
-from bench.synthetic import full_tokenizer, random_model
-from bench.train_contestants import PLANNED_ROWS, SEQ_LEN, Contestant, Figures
+from bench.peers.train_contestants import PLANNED_ROWS, SEQ_LEN, Contestant, Figures
+from bench.reports.chart import COLOURS, one_axis
+from bench.reports.report import RESULTS, table, write
+from bench.setup.synthetic import full_tokenizer, random_model
 from nvlm_runtime.analysis.plan import Workload, find_device, plan_model
 from nvlm_runtime.analysis.profile import check_matplotlib
 from nvlm_runtime.checkpoint.weights import save

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.report import table, write
+from bench.reports.report import table, write
 from nvlm_kernels.native import load_library
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.engine.native import use_library

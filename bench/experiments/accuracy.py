@@ -7,7 +7,7 @@ are shipped, in int8, in int4, and with an int8 tower; and the bytes of the weig
 import argparse
 from pathlib import Path
 
-from bench import report
+from bench.reports import report
 from nvlm_runtime import NVLM
 from nvlm_runtime.micro.evaluate import evaluate
 

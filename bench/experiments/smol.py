@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.chart import COLOURS, one_axis, picture_path
 from bench.experiments.reading import learn_to_read, reading_shares
-from bench.report import RESULTS, setting, table
+from bench.reports.chart import COLOURS, one_axis, picture_path
+from bench.reports.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.checkpoint.assembly import assemble
 from nvlm_runtime.checkpoint.bundled import BUNDLED

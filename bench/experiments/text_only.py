@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.chart import COLOURS, one_axis, picture_path
-from bench.report import table, write
+from bench.reports.chart import COLOURS, one_axis, picture_path
+from bench.reports.report import table, write
 from nvlm_runtime.checkpoint.assembly import assemble
 from nvlm_runtime.checkpoint.bundled import BUNDLED
 from nvlm_runtime.checkpoint.weights import load

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from bench.chart import COLOURS, one_axis, picture_path
-from bench.report import RESULTS, setting, table
+from bench.reports.chart import COLOURS, one_axis, picture_path
+from bench.reports.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.micro.document import GRIDS
 from nvlm_runtime.micro.evaluate import evaluate

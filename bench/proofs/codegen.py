@@ -13,7 +13,7 @@ from bench.proofs.cases import Case
 from bench.proofs.cases.case import backward
 from bench.proofs.machine import CHIPS, Chip, Code, Launch, capture, compile_launch, inspect
 from bench.proofs.options import chosen, options
-from bench.report import table, write
+from bench.reports.report import table, write
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -19,7 +19,7 @@ from bench.ops import ROOFS
 from bench.proofs.bytes import eager_steps
 from bench.proofs.cases import Case
 from bench.proofs.options import chosen, options
-from bench.report import RESULTS, table, write
+from bench.reports.report import RESULTS, table, write
 
 BYTES_PER_S, FLOPS_PER_S = ROOFS["NVIDIA H100 80GB HBM3"]
 

@@ -84,7 +84,7 @@ def _outputs(output: Any) -> list[Any]:
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     from bench.proofs.options import chosen, options
-    from bench.report import table, write
+    from bench.reports.report import table, write
 
     parser = options("traffic", __doc__)
     args = parser.parse_args()

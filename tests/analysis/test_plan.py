@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench.synthetic import full_tokenizer, shape_config
+from bench.setup.synthetic import full_tokenizer, shape_config
 from nvlm_runtime import NVLM
 from nvlm_runtime.analysis.devices import DEVICES
 from nvlm_runtime.analysis.plan import Workload, find_device, plan_model

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import context, decode, generate, readme
-from bench.card import image_key_bytes, weight_bytes
-from bench.contestants import Ours, Transformers, contestants
-from bench.llama_peer import KINDS, write_gguf
-from bench.report import RESULTS, setting
-from bench.synthetic import SHAPES, full_tokenizer, random_model, shape_config, synthetic
+from bench import context, decode, generate
+from bench.peers.contestants import Ours, Transformers, contestants
+from bench.peers.llama_peer import KINDS, write_gguf
+from bench.reports import tables
+from bench.reports.card import image_key_bytes, weight_bytes
+from bench.reports.report import RESULTS, setting
+from bench.setup.synthetic import SHAPES, full_tokenizer, random_model, shape_config, synthetic
 from nvlm_runtime import NVLM
 from nvlm_runtime.analysis import eager
 from nvlm_runtime.analysis.profile import phase_ops, profile_request
@@ -75,7 +76,7 @@ def test_a_part_measured_again_replaces_itself(quick, tmp_path):
 
 
 def test_pictures(quick, tmp_path):
-    from bench.chart import draw
+    from bench.reports.chart import draw
 
     draw(quick[0]["rows"], "micro-d", tmp_path / "speed.png")
     with Image.open(tmp_path / "speed.png") as picture:
@@ -322,20 +323,20 @@ def test_setting_names_the_machine():
 
 
 def test_the_page_holds_the_results():
-    assert readme.PAGE.is_file(), "docs/benchmarks.md holds the tables; python -m bench.readme writes into it"
-    text = readme.PAGE.read_text()
-    assert readme.renewed(text, readme.section()) == text, "run python -m bench.readme"
+    assert tables.PAGE.is_file(), "docs/benchmarks.md holds the tables; python -m bench.reports.tables writes into it"
+    text = tables.PAGE.read_text()
+    assert tables.renewed(text, tables.section()) == text, "run python -m bench.reports.tables"
 
 
 def test_readme_table(quick):
     saved = json.loads((quick[1] / "rows.json").read_text())
-    lines = readme.speed(saved).splitlines()
+    lines = tables.speed(saved).splitlines()
     assert lines[2] == "|  | eager | ours | transformers | memory bandwidth limit |"
     row = next(row for row in saved["parts"]["decode"]["rows"] if row["contestant"] == "ours" and row["at"] == 128)
     (line,) = [line for line in lines if line.startswith("| ms per token, context of 128 tokens ")]
     assert line.split(" | ")[2].startswith(f"{row['p50']:.3g} (")
     with pytest.raises(ValueError, match="once each"):
-        readme.renewed("no markers", "x")
+        tables.renewed("no markers", "x")
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("generate-*.json")), ids=lambda path: path.stem)

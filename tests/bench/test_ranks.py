@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import layer, loading
-from bench.gloo import run_ranks
+from bench.setup.gloo import run_ranks
 from tests.parallel.test_command import environment
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bench import train_step
-from bench.train_contestants import STOCK, digests, without_pause
+from bench.peers.train_contestants import STOCK, digests, without_pause
 from nvlm_runtime.presets import MICRO_TEXT, MICRO_VISION
 from nvlm_runtime.training.source import Source
 from tests.small import CONFIGS, micro_tokenizer

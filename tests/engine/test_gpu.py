@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gloo import run_ranks
+from bench.setup.gloo import run_ranks
 from nvlm_runtime import NVLM
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.parallel.group import Group

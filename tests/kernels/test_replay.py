@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gloo import run_ranks
 from bench.proofs.replay import ReplayError, check
+from bench.setup.gloo import run_ranks
 from nvlm_kernels._backend import INTERPRET
 from nvlm_runtime.checkpoint.weights import save
 from nvlm_runtime.engine.graphs import GraphStages, Stage

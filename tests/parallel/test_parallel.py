@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.gloo import run_ranks
+from bench.setup.gloo import run_ranks
 from nvlm_runtime.checkpoint.tensors import file_entries, fill
 from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.decoder import CrossView

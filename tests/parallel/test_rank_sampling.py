@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.gloo import run_ranks
+from bench.setup.gloo import run_ranks
 from nvlm_runtime.engine.sampling import Draw, draw
 from tests.parallel import sampling_work as work
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.gloo import run_ranks
+from bench.setup.gloo import run_ranks
 from nvlm_runtime.training.checkpoint import checkpoints
 from nvlm_runtime.training.recipe import read_recipe
 from tests.parallel import train_work

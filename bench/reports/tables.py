@@ -1,14 +1,14 @@
-"""Writes the speed tables of docs/benchmarks.md from bench/results/generate-*.json: python -m bench.readme"""
+"""Writes the speed tables of docs/benchmarks.md from bench/results/generate-*.json: python -m bench.reports.tables"""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.report import RESULTS
+from bench.reports.report import RESULTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- speed: python -m bench.readme -->", "<!-- /speed -->"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- speed: python -m bench.reports.tables -->", "<!-- /speed -->"
 NAMES = {
     "tile_ms": "ms per tile, tiles in the image: {at}",
     "first_token_s": "s to the first token, {at}",

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import triton
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", "OMP_PROC_BIND", "OMP_NUM_THREADS", "NVLM_KERNELS")  # what moves a CPU's times
 
 
 def commit() -> str:
     """The checkout's commit, with "-dirty" behind it when code differs; "unknown" outside a checkout."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True)

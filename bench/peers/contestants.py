@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from bench.transformers_peer import transformers_model
+from bench.peers.transformers_peer import transformers_model
 from nvlm_runtime import NVLM
 from nvlm_runtime.analysis import eager
 from nvlm_runtime.engine.request import PreparedPrompt

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.resident import peak_bytes, resident_bytes
+from bench.setup.resident import peak_bytes, resident_bytes
 from nvlm_runtime.training.documents import IGNORE
 from nvlm_runtime.training.packing import Packed
 from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts

@@ -1,0 +1,1 @@
+"""What ours is compared with: eager PyTorch, transformers, llama.cpp, PEFT, each behind one interface."""

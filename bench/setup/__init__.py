@@ -1,0 +1,1 @@
+"""What a benchmark needs before it measures: random models, gloo processes, a meter of memory."""
