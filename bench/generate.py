@@ -395,7 +395,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         engine = engines[f"nvlm-{args.variant}"]
     else:
-        engine = NVLM.load(args.model, device, dtype, group=group)
+        engine = NVLM.load(args.model, device=device, dtype=dtype, group=group)
     contexts, batches = fitting(args, engine, args.steps), tuple(dict.fromkeys(args.batches))
     plan = Plan(tuple(args.only or PARTS), args.rounds, args.steps, contexts, batches)
     size = engine.config.vision.image_size

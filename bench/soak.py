@@ -61,7 +61,7 @@ def soak(name: str, num_requests: int, deterministic: bool) -> dict[str, Any]:
     distinct = distinct_requests()
     lone = NVLM.load(name, reuse=False, image_cache_bytes=0)
     wanted = [
-        lone.generate_batch([lone.prepare(each.prompt, each.images)], each.params)[0].token_ids for each in distinct
+        lone.generate([lone.prepare(each.prompt, each.images)], params=each.params)[0].token_ids for each in distinct
     ]
     model = NVLM.load(name, deterministic=deterministic)
     rng = random.Random(0)
@@ -98,7 +98,7 @@ def soak(name: str, num_requests: int, deterministic: bool) -> dict[str, Any]:
             prepared = engine.prepare(distinct[number].prompt, distinct[number].images)
             while True:
                 try:
-                    answer = engine.submit(prepared, distinct[number].params)
+                    answer = engine.submit(prepared, params=distinct[number].params)
                     break
                 except QueueFull:
                     counts["refused"] += 1

@@ -25,7 +25,7 @@ from bench.reports.report import table, write
 from nvlm_kernels.native import load_library
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.engine.native import use_library
-from nvlm_runtime.model.linear import replace_linears
+from nvlm_runtime.model.linear import with_inference_linears
 from nvlm_runtime.model.quantize import quantize
 from nvlm_runtime.model.vision import Attention, InternViT
 from nvlm_runtime.presets import INTERNVIT_300M
@@ -116,7 +116,7 @@ def main() -> None:
     int8, pixels = copy.deepcopy(bf16), torch.randn(1, 3, 448, 448).bfloat16()
     quantize(int8, {"vision": "int8_dynamic"})
     plain, found = eager(bf16), load_library()
-    replace_linears(bf16)
+    bf16 = with_inference_linears(bf16)
     for vision_encoder in (bf16, int8):
         use_library(vision_encoder, found)
     vision_encoders = {"eager bf16": plain, "bf16": bf16, "fp32": copy.deepcopy(bf16).float(), "int8_dynamic": int8}

@@ -25,9 +25,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from nvlm_runtime import NVLM
-from nvlm_runtime.engine.request import Output
-from nvlm_runtime.engine.serving import Engine, QueueFull
+from nvlm_runtime import NVLM, Engine, Output, QueueFull
 from nvlm_runtime.parallel.group import Group
 from nvlm_runtime.parallel.ranks import TIMEOUT
 
@@ -50,7 +48,7 @@ class Rank:
         timeout = timedelta(seconds=LOADING_S)
         dist.init_process_group(backend, f"tcp://localhost:{port}", rank=rank, world_size=size, timeout=timeout)
         group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-        self.model = NVLM.load(model, device, group=Group(rank, size, group))
+        self.model = NVLM.load(model, device=device, group=Group(rank, size, group))
         dist.barrier()  # ranks load at their own pace, but answer at one
 
     def answer(self, prompt: str, pictures: list[bytes], options: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +100,7 @@ class Replica:
         self.engine, self.ranks, self.turn = None, [], asyncio.Lock()
         self.lost: Exception | None = None
         if size == 1:
-            self.engine = Engine(NVLM.load(model, device))
+            self.engine = Engine(NVLM.load(model, device=device))
             return
         with socket.socket() as free:
             free.bind(("localhost", 0))

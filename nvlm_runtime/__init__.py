@@ -1,14 +1,40 @@
-"""The NVLM runtime: NVLM-D, -X and -H from a picture and a prompt to text. `from nvlm_runtime import NVLM`."""
+"""The NVLM runtime: NVLM-D, -X and -H from images and a prompt to text. `from nvlm_runtime import NVLM`."""
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["NVLM"]
+if TYPE_CHECKING:
+    from nvlm_runtime.engine.handle import ImageHandle
+    from nvlm_runtime.engine.nvlm import NVLM
+    from nvlm_runtime.engine.request import Output, PreparedPrompt
+    from nvlm_runtime.engine.sampling import GenerationParams
+    from nvlm_runtime.engine.serving import Engine, EngineStopped, QueueFull
+
+__all__ = [
+    "NVLM",
+    "Engine",
+    "EngineStopped",
+    "GenerationParams",
+    "ImageHandle",
+    "Output",
+    "PreparedPrompt",
+    "QueueFull",
+]
+
+_MODULES = {
+    "NVLM": "nvlm",
+    "Engine": "serving",
+    "EngineStopped": "serving",
+    "GenerationParams": "sampling",
+    "ImageHandle": "handle",
+    "Output": "request",
+    "PreparedPrompt": "request",
+    "QueueFull": "serving",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """NVLM is imported when it is asked for, so that `nvlm --help` needs no torch."""
-    if name == "NVLM":
-        from nvlm_runtime.engine.nvlm import NVLM
-
-        return NVLM
+    """Imports a public name when it is first used, so that `nvlm --help` needs no torch."""
+    if name in _MODULES:
+        return getattr(import_module(f"nvlm_runtime.engine.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'nvlm_runtime' has no attribute {name!r}")

@@ -224,7 +224,7 @@ def load_library(folder: Path | None = None) -> NativeLibrary:
     if compiler is None:
         raise BuildError(
             f"native decoding needs a C++ compiler ({', '.join(COMPILERS)}) and found none: install one, or go without "
-            "it (native=False, --no-compile)"
+            "it (native=False, --no-native)"
         )
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     parts = [source.read_bytes() for source in (*SOURCES, *HEADERS)]

@@ -20,8 +20,8 @@ from nvlm_kernels import pixel_shuffle
 from nvlm_runtime.engine.request import PHASES, PreparedPrompt
 from nvlm_runtime.inputs.layout import Layout
 from nvlm_runtime.model.cache import KVCache
-from nvlm_runtime.model.decoder import CrossView, Decoder
-from nvlm_runtime.model.linear import plain_twin
+from nvlm_runtime.model.decoder import CrossView
+from nvlm_runtime.model.linear import with_plain_linears
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.model.past import make_past
 from nvlm_runtime.model.vision import Block, InternViT
@@ -92,7 +92,7 @@ def project(model: NVLMModel, features: Tensor) -> Tensor:
     Returns:
         Image tokens [N, P, C].
     """
-    return plain_twin(model.mlp1)(pixel_shuffle(features, model.config.ps_version))
+    return with_plain_linears(model.mlp1)(pixel_shuffle(features, model.config.ps_version))
 
 
 class EagerBatch:
@@ -107,7 +107,7 @@ class EagerBatch:
 
     def __init__(self, model: NVLMModel, batch: int, capacity: int, vocab_size: int) -> None:
         weight = model.language_model.embed_tokens.weight
-        self.decoder, self.vocab_size = cast(Decoder, plain_twin(model.language_model)), vocab_size
+        self.decoder, self.vocab_size = with_plain_linears(model.language_model), vocab_size
         self.decoder.attention = "sdpa"
         self.cache = KVCache.allocate(model.config.text, batch, capacity, weight.device, weight.dtype)
         self.token = torch.zeros(batch, dtype=torch.int64, device=weight.device)

@@ -102,7 +102,7 @@ def profile_request(
         raise ValueError("a profile needs merged adapters (merge_lora=True): the eager reference has no adapters")
 
     def ours() -> Output:
-        stream = model.complete(model.prepare(prompt, images), params)
+        stream = model.stream(model.prepare(prompt, images), params=params)
         for _ in stream:
             pass
         return stream.output

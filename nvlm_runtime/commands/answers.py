@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from nvlm_runtime.config import NVLMConfig
-from nvlm_runtime.engine.nvlm import Stream
+from nvlm_runtime.engine.generator import TextStream
 from nvlm_runtime.engine.request import Output
 from nvlm_runtime.inputs.image import TilePlan
 from nvlm_runtime.inputs.prompt import tile_tags
@@ -48,7 +48,7 @@ def output_values(output: Output, config: NVLMConfig) -> dict[str, Any]:
     return values
 
 
-def show_stream(stream: Stream) -> None:
+def show_stream(stream: TextStream) -> None:
     """Prints an answer as it comes. Ctrl-C leaves what was printed, and goes on to the caller."""
     try:
         for piece in stream:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     model, console = load_model(args), Console()
     prepared = model.prepare(prompt, images, style=args.style)
-    stream = model.complete(prepared, params)
+    stream = model.stream(prepared, params=params)
     if args.json:
         for _ in stream:
             pass

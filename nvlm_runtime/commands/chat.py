@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             content = [{"type": "image"}] * len(waiting) + [{"type": "text", "text": ("\n" if waiting else "") + line}]
             turn = [*messages, {"role": "user", "content": content}]
             prepared = model.prepare(messages=turn, images=images + waiting, style=args.style)
-            stream = model.complete(prepared, params)
+            stream = model.stream(prepared, params=params)
         except (ValueError, OSError) as error:
             if not interactive:
                 raise

@@ -16,7 +16,11 @@ def _model_options(parser: argparse.ArgumentParser, model: str | None = "micro-d
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     parser.add_argument("--lora", metavar="FOLDER", help="adapters in PEFT's form, merged into the weights")
-    parser.add_argument("--no-compile", action="store_true", help="decode in plain PyTorch, without a C++ compiler")
+    parser.add_argument(
+        "--native",
+        action=argparse.BooleanOptionalAction,
+        help="run attention and decoding on a CPU in C++ (default: where there is a compiler)",
+    )
     parser.add_argument(
         "--quantize",
         nargs="+",
@@ -104,8 +108,8 @@ def _info(parser: argparse.ArgumentParser) -> None:
     _json_option(parser)
 
 
-def _look(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "nvlm look IMAGE [IMAGE ...] PROMPT [options]"
+def _attention_map(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "nvlm attention-map IMAGE [IMAGE ...] PROMPT [options]"
     parser.add_argument("words", nargs="+", metavar="IMAGE ... PROMPT", help="picture files, then the question")
     parser.add_argument("--png", metavar="FILE", help="save the pictures, warm where the model read most")
     parser.add_argument("--token", type=int, metavar="N", help="--png: of the answer's Nth token (default: of all)")
@@ -253,7 +257,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "ask": ("ask", _ask, "answer one question about pictures"),
     "chat": ("chat", _chat, "talk about pictures: /image FILE adds one, /quit leaves"),
-    "look": ("look", _look, "an answer, and where in the pictures the model read"),
+    "attention-map": ("attention_map", _attention_map, "an answer, and the attention of its tokens to the images"),
     "info": ("info", _info, "what a model is, and how it would tile a picture"),
     "plan": ("plan", _plan, "bytes a GPU and predicted times, before any is rented"),
     "profile": ("profile", _profile, "one request stage by stage, beside plain PyTorch"),

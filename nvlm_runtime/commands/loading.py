@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from nvlm_runtime.checkpoint.weights import Progress
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.engine.sampling import GenerationParams
@@ -45,11 +43,11 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
     with loading_bar() as progress:
         model = NVLM.load(
             args.model,
-            device,
-            getattr(torch, args.dtype) if args.dtype else None,
+            device=device,
+            dtype=args.dtype or "auto",
             group=group,
             vision_split=getattr(args, "vision_split", "tiles"),
-            native=False if args.no_compile else None,
+            native="auto" if args.native is None else args.native,
             graphs=args.graphs,
             check=args.check,
             speculate=args.speculate,

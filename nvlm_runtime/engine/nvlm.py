@@ -1,15 +1,17 @@
-"""The engine: a prompt and pictures to text, one request or a batch, whole or streamed.
+"""The engine: a prompt and images to text, one request or a batch, whole or streamed.
 
-The prefix and the images are computed once; a step costs one token through the decoder, whatever was generated
-before it, but for attention itself.
+The prompt and the images are computed once. A step costs one token through the decoder, whatever was generated before
+it, except for attention itself.
 """
 
+import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,18 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from nvlm_kernels import MAX_DECODE_TOKENS
-from nvlm_kernels.native import NativeLibrary, is_available, load_library
 from nvlm_runtime.checkpoint.joined import whole_folder
-from nvlm_runtime.checkpoint.lora import load_lora, merge_lora
-from nvlm_runtime.checkpoint.weights import DTYPES, Progress, checkpoint_digest, load
+from nvlm_runtime.checkpoint.lora import load_lora
+from nvlm_runtime.checkpoint.lora import merge_lora as merge_adapters
+from nvlm_runtime.checkpoint.weights import Progress, checkpoint_digest, load
 from nvlm_runtime.engine.batch import Batch
 from nvlm_runtime.engine.compiles import CompileWatch
 from nvlm_runtime.engine.encoder import ImageEncoder
+from nvlm_runtime.engine.generator import Images, Message, Question, TextGenerator, TextStream
 from nvlm_runtime.engine.graphs import GraphStages
 from nvlm_runtime.engine.handle import ImageCache, ImageHandle, image_key
 from nvlm_runtime.engine.native import use_library
+from nvlm_runtime.engine.options import DtypeOption, NativeOption, Options, device_of, dtype_of
 from nvlm_runtime.engine.request import PHASES, ImageInput, Output, PreparedPrompt, Request, check_ids
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.slots import Slots
@@ -35,66 +38,34 @@ from nvlm_runtime.engine.stages import Stages
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
 from nvlm_runtime.inputs.layout import image_layout, layout_prompt, max_image_keys
-from nvlm_runtime.inputs.prompt import build_prompt, read_prompt
+from nvlm_runtime.inputs.prompt import Style, build_prompt, read_prompt
 from nvlm_runtime.inputs.template import ChatTemplate
-from nvlm_runtime.inputs.tokenizer import TextStream, Tokenizer
-from nvlm_runtime.model.adapter import AdaptedLinear
+from nvlm_runtime.inputs.tokenizer import Detokenizer, Tokenizer
 from nvlm_runtime.model.finite import check_layers
-from nvlm_runtime.model.linear import replace_linears
+from nvlm_runtime.model.linear import with_inference_linears
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.model.past import AttentionBackend, CausalPast, check_attention
 from nvlm_runtime.model.quantize import quantize as quantize_model
 from nvlm_runtime.model.quantize import scheme_of
+from nvlm_runtime.model.view import view_of
 from nvlm_runtime.parallel.group import SOLO, Group, VisionSplit
 
-ROUNDING = 256  # slots: requests of nearly the same length share their buffers
+ROUNDING = 256  # tokens: requests of nearly the same length share their buffers
+IMAGE_CACHE_BYTES = 256 * 2**20
 
 
-def check_device(device: torch.device | str) -> None:
-    """ValueError where tensors cannot be made on this device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from error
+class NVLM(TextGenerator):
+    """A loaded model: `load` it, then `generate`, `stream`, `astream`, `encode_image` or `logits`.
 
+    The model that is given does not change: an `NVLM` computes on a view of it (`view_of`), in evaluation mode. What
+    changes its weights in place changes the answers; weights that `quantize` has replaced stay as they were.
 
-class Stream:
-    """Pieces of an answer as they become certain; `output` is the whole answer so far, final when it is exhausted.
-
-    Left early, by `close` or by being forgotten, it frees its row; the text so far stays.
-    """
-
-    def __init__(self, pieces: Iterator[str], row: Request):
-        self._pieces, self._row = pieces, row
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if piece:
-                yield piece
-
-    def close(self) -> None:
-        self._pieces.close()
-
-    @property
-    def output(self) -> Output:
-        return self._row.output
-
-
-class NVLM:
-    """A loaded model: `load`, then `generate`, `stream`, `generate_batch`, `encode_image`, `logits`.
-
-    template: the checkpoint's own, for style "template".
-    chunk: prompt tokens read at a time. image_cache_bytes: of handles of the pictures seen last. reuse: a prompt that
-    begins as the last one did, text and images, starts from its keys and values. deterministic: an answer's bits do not
-    depend on what else runs or ran, at the price of batching and of reuse. graphs: static stages only, captured into
-    CUDA graphs on a GPU; `warmup` before the first request, or they are captured on the way. native: attention and
-    decoding on a CPU in C++, built at first use and kept in `cache_folder` (the user's cache where it is None); None is
-    yes where the model is on a CPU in float32 or bfloat16 and a compiler is there. quantize: parts to methods, in
-    place, as `quantize.quantize` takes them. check: every layer is looked at, and a value that is not finite is an
-    error that names the first one to give it; slow. speculate: tokens that a request which decodes alone drafts a step
-    from its own words (`ngram`): the same answer in fewer steps where it repeats them, slower steps where a draft is
-    wrong.
-    Raises ValueError where native decoding is asked for and cannot be, BuildError where its compiler fails.
+    Attributes:
+        model: The view of the model that the requests run on.
+        tokenizer: The model's tokenizer.
+        config: The model's configuration.
+        device: Where the model is.
+        dtype: The dtype of its weights.
     """
 
     def __init__(
@@ -104,50 +75,72 @@ class NVLM:
         *,
         template: ChatTemplate | None = None,
         chunk: int = 512,
-        image_cache_bytes: int = 256 * 2**20,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
         reuse: bool = True,
         deterministic: bool = False,
         graphs: bool = False,
-        native: bool | None = None,
+        native: NativeOption = "auto",
         cache_folder: str | Path | None = None,
         quantize: Mapping[str, str] | None = None,
         check: bool = False,
         speculate: int = 0,
     ):
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-        if image_cache_bytes < 0:
-            raise ValueError(f"image_cache_bytes must be at least 0, got {image_cache_bytes}")
-        if not 0 <= speculate <= MAX_DECODE_TOKENS - 1:
-            raise ValueError(f"speculate must be from 0 to {MAX_DECODE_TOKENS - 1} tokens, got {speculate}")
-        if graphs and native:
-            raise ValueError("graphs and native exclude each other: static stages are PyTorch's")
-        if check and (graphs or native):
-            raise ValueError("check looks at every layer in PyTorch: it excludes graphs and native")
-        self.model = model
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
-        adapted = any(isinstance(module, AdaptedLinear) for module in model.modules())
-        if adapted and (native or quantize):
-            raise ValueError("native decoding and quantised weights know no adapters: merge them first (merge_lora)")
-        found = None if graphs else self._library(False if check or adapted else native, cache_folder)
-        if speculate and (graphs or (deterministic and found is None)):
-            raise ValueError("speculate draws several tokens a step: it excludes graphs, and deterministic in PyTorch")
+        """Wraps a model.
+
+        Args:
+            model: The model, which stays as it is.
+            tokenizer: Its tokenizer.
+            template: The checkpoint's chat template, for style "template".
+            chunk: The most prompt tokens that run at a time.
+            image_cache_bytes: Size of the cache of the images seen last; 0 is off.
+            reuse: Whether a prompt that begins as the last one did, text and images, starts from its keys and values.
+            deterministic: Whether the bits of an answer do not depend on what else runs or ran. Requests then do not
+                batch in PyTorch, and `reuse` is off.
+            graphs: Whether steps run on static buffers, captured into CUDA graphs on a GPU. Call `warmup` before the
+                first request, or they are captured on the way.
+            native: Whether attention and decoding run in C++ on a CPU, built at first use. "auto" is True where the
+                model is on a CPU in float32 or bfloat16 and there is a compiler.
+            cache_folder: Folder of the built native library; None is the user's cache.
+            quantize: Parts of the model to methods, as `model.quantize.quantize` takes them.
+            check: Whether a value that is not finite raises ValueError with the name of the first layer that gives
+                one; slow.
+            speculate: The most tokens per step that a request which decodes alone drafts from its own text, 0 for
+                none. The answer is the same, in fewer steps where it repeats itself.
+
+        Raises:
+            ValueError: Options that exclude each other or do not suit the model.
+            BuildError: Native decoding is needed and its compiler is missing or fails.
+        """
+        options = Options(
+            chunk=chunk,
+            image_cache_bytes=image_cache_bytes,
+            reuse=reuse,
+            deterministic=deterministic,
+            graphs=graphs,
+            native=native,
+            cache_folder=cache_folder,
+            quantize=quantize,
+            check=check,
+            speculate=speculate,
+        )
+        library = options.library_for(model)
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        in_fp32 = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        self.model = (with_inference_linears(model) if in_fp32 else view_of(model)).eval()
         if quantize:
-            quantize_model(model, quantize)
+            quantize_model(self.model, quantize)
         if check:
-            check_layers(model)
+            check_layers(self.model)
+        use_library(self.model, library)
         self.config = model.config
         self.tokenizer = tokenizer
         self.template = template
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            replace_linears(model)
-        use_library(model, found)
-        self._reads = step_bytes(model)
+        self._reads = step_bytes(self.model)
         self.chunk = chunk
         self.reuse = reuse and not deterministic
         self.speculate = speculate
-        self.stages = GraphStages(model, deterministic) if graphs else Stages(model, deterministic, found)
+        self.stages = GraphStages(self.model, deterministic) if graphs else Stages(self.model, deterministic, library)
         self.encoder = ImageEncoder(self.stages, ImageCache(image_cache_bytes))
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._lock = threading.Lock()
@@ -155,86 +148,145 @@ class NVLM:
         self._watch = CompileWatch()
         self.stages.built = lambda name: self._watch.saw(f"the stage {name!r} was built")
 
-    def _library(self, native: bool | None, folder: str | Path | None) -> NativeLibrary | None:
-        alone = self.model.group.size == 1
-        if native and not alone:
-            raise ValueError("native decoding is one process's: it excludes a tensor-parallel group")
-        if native is None:
-            native = (
-                is_available() and alone and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16)
-            )
-        return load_library(None if folder is None else Path(folder)) if native else None
-
     @classmethod
     def load(
         cls,
         name: str | Path,
+        *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: DtypeOption = "auto",
         attention: AttentionBackend = "sdpa",
         group: Group = SOLO,
         vision_split: VisionSplit = "tiles",
         lora: str | Path | None = None,
-        merge: bool = True,
-        progress: Progress = lambda read, total: None,
+        merge_lora: bool = True,
+        progress: Progress | None = None,
         cache_folder: str | Path | None = None,
-        **options: Any,
+        chunk: int = 512,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        reuse: bool = True,
+        deterministic: bool = False,
+        graphs: bool = False,
+        native: NativeOption = "auto",
+        quantize: Mapping[str, str] | None = None,
+        check: bool = False,
+        speculate: int = 0,
     ) -> "NVLM":
-        """A bundled model ("micro-d", "micro-x", "micro-h") or a checkpoint folder; one that comes without its text
-        model is put together first, in `cache_folder` (`joined`).
+        """Loads a bundled model or a checkpoint.
 
-        lora: a folder of adapters in PEFT's form, put on the model (`lora.load_lora`). merge: into its weights, so that
-        every fast path runs it; otherwise they stay beside the weights, in float32, and decoding is PyTorch's.
+        Args:
+            name: "micro-d", "micro-x", "micro-h", "smol-x", or a checkpoint folder. A checkpoint without its text
+                model is assembled first, in `cache_folder`.
+            device: "cpu", "cuda", "cuda:N", a torch.device, or "auto": CUDA where it is available, else the CPU.
+            dtype: "float32", "bfloat16", "float16", a torch.dtype, or "auto": that of config.json.
+            attention: What the self-attention of prompts runs on: "sdpa", or "flash" for the package flash-attn on
+                a CUDA device. Decoding has its own kernel.
+            group: The ranks that hold the model together (`parallel.ranks.join`). Every rank loads its share, then
+                makes the same calls with the same arguments and gets the same answers.
+            vision_split: How ranks share the vision encoder: "tiles" or "heads" (`parallel.group`).
+            lora: Folder of LoRA adapters in PEFT's format.
+            merge_lora: Whether the adapters are merged into the weights. Otherwise they stay beside the weights in
+                float32, and decoding runs in PyTorch.
+            progress: Called with (bytes_read, bytes_total) as the weights are read.
+            cache_folder: Folder of assembled checkpoints and of the native library; None is the user's cache.
+            chunk: As in `NVLM`, as are the arguments below.
+            image_cache_bytes: As in `NVLM`.
+            reuse: As in `NVLM`.
+            deterministic: As in `NVLM`.
+            graphs: As in `NVLM`.
+            native: As in `NVLM`.
+            quantize: As in `NVLM`; the full-precision weights of these parts are freed.
+            check: As in `NVLM`.
+            speculate: As in `NVLM`.
 
-        group: the ranks that hold the model together (`ranks.join`). Every rank loads its share, then makes the same
-        calls with the same arguments and gets the same answers. vision_split: "tiles" or "heads" (`parallel`).
-        dtype: None is config.json's torch_dtype. attention: what prompts' self-attention goes through, torch's own or
-        "flash", the flash-attn package on a CUDA device; decoding has its own kernel. progress: as in
-        `weights.load`. options: as of NVLM. Raises FileNotFoundError or ValueError as `weights.load` and
-        `load_lora` do, and ValueError where flash-attn is asked for and cannot run.
+        Returns:
+            The model, ready for requests.
+
+        Raises:
+            FileNotFoundError: The checkpoint or one of its files does not exist.
+            ValueError: The checkpoint or the adapters are invalid, or an argument is, or flash-attn cannot run.
+            BuildError: Native decoding is needed and its compiler is missing or fails.
         """
-        if dtype is not None and dtype not in DTYPES.values():
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
+        options = Options(
+            chunk=chunk,
+            image_cache_bytes=image_cache_bytes,
+            reuse=reuse,
+            deterministic=deterministic,
+            graphs=graphs,
+            native=native,
+            cache_folder=cache_folder,
+            quantize=quantize,
+            check=check,
+            speculate=speculate,
+        )
         if lora is not None and group.size > 1:
-            raise ValueError("adapters are put on a whole model: merge them into a checkpoint before it is shared out")
-        check_device(device)
-        check_attention(attention, device)
+            raise ValueError("adapters are put on a whole model: merge them into a checkpoint before it is split")
+        read_device, read_dtype = device_of(device), dtype_of(dtype)
+        check_attention(attention, read_device)
         folder = whole_folder(name, cache_folder, group)
         tokenizer = Tokenizer.load(folder)
         for special in ("<|im_start|>", "<|im_end|>", "<|vision_pad|>"):
             tokenizer.special(special)
         template = ChatTemplate.load(folder)
         group.check_same("the checkpoint", checkpoint_digest(folder))
-        model, _ = load(folder, device, dtype, group, vision_split, progress=progress)
-        if lora is not None and scheme_of(model):
-            raise ValueError(f"{folder} is quantised, and quantised weights know no adapters")
+        report = progress or (lambda bytes_read, bytes_total: None)
+        model, _ = load(folder, read_device, read_dtype, group, vision_split, progress=report)
         if lora is not None:
+            if scheme_of(model):
+                raise ValueError(f"{folder} is quantised, and quantised weights do not support adapters")
             load_lora(model, lora)
-            if merge:
-                merge_lora(model)
+            if merge_lora:
+                merge_adapters(model)
         model.language_model.attention = attention
         if tokenizer.vocab_size > model.config.text.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
                 f"{model.config.text.vocab_size} rows"
             )
-        return cls(model, tokenizer, template=template, cache_folder=cache_folder, **options)
+        if quantize:  # in the model itself, which nobody else holds: its full-precision weights are freed
+            options.library_for(model)
+            quantize_model(model, quantize)
+        return cls(
+            model,
+            tokenizer,
+            template=template,
+            chunk=chunk,
+            image_cache_bytes=image_cache_bytes,
+            reuse=reuse,
+            deterministic=deterministic,
+            graphs=graphs,
+            native=native,
+            cache_folder=cache_folder,
+            check=check,
+            speculate=speculate,
+        )
 
     def prepare(
         self,
         prompt: str | None = None,
-        images: Sequence[Any] = (),
+        images: Images | None = None,
         *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
+        messages: Sequence[Message] | None = None,
         input_ids: Sequence[int] | None = None,
-        style: str = "hf",
+        style: Style = "hf",
     ) -> PreparedPrompt:
-        """A request made ready: exactly one of prompt, messages and input_ids; images are paths, PIL images or arrays.
+        """Makes one prompt ready: token ids, a layout and opened images, whose tiles are cut in a thread.
 
-        `<image>` in a prompt stands for a picture; without one, pictures come first. input_ids are used as they are.
-        style: "hf", "megatron", or "template", the checkpoint's own chat template, which is never taken unasked.
-        Raises ValueError (FileNotFoundError for a path) on everything the model could not answer rightly.
+        Args:
+            prompt: A question. Each `<image>` in it stands for one image; without any, the images come first.
+            images: The images: paths, PIL images, uint8 arrays or `ImageHandle`s. None is no images.
+            messages: A conversation of {"role": ..., "content": ...} that ends with a user turn.
+            input_ids: Token ids, used as they are.
+            style: How the turns are written: "hf", "megatron", or "template" for the checkpoint's chat template.
+
+        Returns:
+            The prompt, for `generate`, `stream` and `astream`.
+
+        Raises:
+            ValueError: An argument or an image is invalid, or the prompt does not fit into the model's context.
+            FileNotFoundError: An image path does not exist.
         """
+        images = () if images is None else images
         if sum(given is not None for given in (prompt, messages, input_ids)) != 1:
             raise ValueError("give exactly one of prompt, messages and input_ids")
         if not isinstance(images, Sequence) or isinstance(images, str | bytes):
@@ -291,49 +343,12 @@ class NVLM:
         plan = plan_tiles(width, height, config.vision.image_size, config.min_tiles, config.max_tiles)
         return self.encoder.from_embeds(image_embeds, plan, image_layout(self.tokenizer, self.config, plan))
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        images: Sequence[Any] = (),
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | None = None,
-        style: str = "hf",
-        **params: Any,
-    ) -> Output:
-        """An answer to what `prepare` takes. params: fields of `GenerationParams`, greedy by default."""
-        stream = self.stream(prompt, images, messages=messages, input_ids=input_ids, style=style, **params)
-        for _ in stream:
-            pass
-        return stream.output
-
-    def stream(
-        self,
-        prompt: str | None = None,
-        images: Sequence[Any] = (),
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | None = None,
-        style: str = "hf",
-        **params: Any,
-    ) -> Stream:
-        """`generate` piece by piece; bad input raises here, not at the first piece."""
-        checked = GenerationParams(**params)
-        return self.complete(self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style), checked)
-
-    def complete(self, prepared: PreparedPrompt, params: GenerationParams | None = None) -> Stream:
-        """Decodes one prepared request, greedily if params is None. The context's end ends it too ("length")."""
-        row = self.request(prepared, params or GenerationParams())
-        return Stream(self._alone(row), row)
-
-    def generate_batch(
-        self, requests: Sequence[PreparedPrompt], params: GenerationParams | None = None
-    ) -> list[Output]:
-        """Answers to prepared requests in one batch, whatever images each has; each as it would be alone.
+    def _answer_all(self, requests: Sequence[tuple[PreparedPrompt, GenerationParams]]) -> list[Output]:
+        """Decodes requests in one batch, whatever images each has; each as it would be alone.
 
         Raises ValueError where their caches do not fit into memory, before anything is computed.
         """
-        rows = [self.request(prepared, params or GenerationParams()) for prepared in requests]
+        rows = [self.request(*request) for request in requests]
         if not rows:
             return []
         batch = self.batch(
@@ -348,6 +363,24 @@ class NVLM:
                 if row.error is not None:
                     raise row.error
         return [row.output for row in rows]
+
+    def _stream(self, prepared: PreparedPrompt, params: GenerationParams) -> TextStream:
+        request = self.request(prepared, params)
+        return TextStream(self._alone(request), request)
+
+    async def _astream(self, question: Question, style: Style, params: GenerationParams) -> AsyncIterator[str]:
+        # one thread runs every call, so that it closes the stream when the step under way is done
+        thread = ThreadPoolExecutor(1, "nvlm-astream")
+        run = partial(asyncio.get_running_loop().run_in_executor, thread)
+        stream: TextStream | None = None
+        try:
+            stream = await run(lambda: self._stream(self._prepared(question, style), params))
+            while (piece := await run(next, stream, None)) is not None:
+                yield piece
+        finally:
+            if stream is not None:
+                thread.submit(stream.close)
+            thread.shutdown(wait=False)
 
     def batch(self, num_rows: int, capacity: int, cross_capacity: int) -> Batch:
         """Buffers for `num_rows` rows of `capacity` tokens and `cross_capacity` image keys each."""
@@ -392,8 +425,19 @@ class NVLM:
             self._keep(batch)
 
     @torch.inference_mode()
-    def logits(self, input_ids: Sequence[int], images: Sequence[Any] = ()) -> Tensor:
-        """[T, vocab] of one full forward over exact ids, without a cache."""
+    def logits(self, input_ids: Sequence[int], images: Images | None = None) -> Tensor:
+        """Computes the logits of every position of a prompt, without a cache.
+
+        Args:
+            input_ids: T token ids, with the tags and placeholders of the images.
+            images: The images, as in `prepare`.
+
+        Returns:
+            [T, vocab] in the model's dtype.
+
+        Raises:
+            ValueError: As `prepare`.
+        """
         prepared = self.prepare(input_ids=input_ids, images=images)
         timings = dict.fromkeys(PHASES, 0.0)
         pairs = zip(prepared.images, prepared.layout.images, strict=True)
@@ -454,7 +498,7 @@ class NVLM:
         return Request(
             prepared=prepared,
             params=params,
-            stream=TextStream(self.tokenizer),
+            stream=Detokenizer(self.tokenizer),
             eos_id=None if params.ignore_eos else self.tokenizer.eos_id,
             limit=min(params.max_new_tokens, room),
             reads=self._reads,

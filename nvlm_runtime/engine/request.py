@@ -15,7 +15,7 @@ from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.step_bytes import StepBytes
 from nvlm_runtime.inputs.image import TilePlan
 from nvlm_runtime.inputs.layout import Layout
-from nvlm_runtime.inputs.tokenizer import TextStream
+from nvlm_runtime.inputs.tokenizer import Detokenizer
 
 PHASES = ("tile", "encode", "project", "prefill")  # what a row times itself, before it decodes
 
@@ -110,7 +110,7 @@ class Request:
 
     prepared: PreparedPrompt
     params: GenerationParams
-    stream: TextStream
+    stream: Detokenizer
     eos_id: int | None  # None: an end token is a token like any other
     limit: int
     reads: StepBytes

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -19,9 +19,20 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from nvlm_runtime.engine.batch import Batch
+from nvlm_runtime.engine.generator import (
+    Images,
+    Message,
+    OnePrompt,
+    Question,
+    TextGenerator,
+    TextStream,
+    one_question,
+    read_params,
+)
 from nvlm_runtime.engine.nvlm import NVLM, ROUNDING
 from nvlm_runtime.engine.request import Output, PreparedPrompt, Request
 from nvlm_runtime.engine.sampling import GenerationParams
+from nvlm_runtime.inputs.prompt import Style
 
 Closing = Literal["drain", "now"]
 
@@ -48,8 +59,8 @@ class Answer:
     request's own error, and EngineStopped where the engine ended first.
     """
 
-    def __init__(self, row: Request, inbox: "SimpleQueue[Answer | Closing]"):
-        self._row, self._inbox = row, inbox
+    def __init__(self, request: Request, inbox: "SimpleQueue[Answer | Closing]"):
+        self.request, self._inbox = request, inbox
         self._since = time.perf_counter()
         self._left = False
         self._changed = threading.Condition()  # of the next three
@@ -61,7 +72,7 @@ class Answer:
         sent = 0
         try:
             while (shown := self._wait(sent)) > sent:
-                yield self._row.text[sent:shown]
+                yield self.request.text[sent:shown]
                 sent = shown
         finally:
             self.cancel()
@@ -79,7 +90,7 @@ class Answer:
                 with self._changed:
                     shown, ended = self._shown, self._ended
                 if shown > sent:
-                    yield self._row.text[sent:shown]
+                    yield self.request.text[sent:shown]
                     sent = shown
                 elif ended:
                     break
@@ -108,7 +119,7 @@ class Answer:
     @property
     def output(self) -> Output:
         """The answer so far, final when a loop has ended."""
-        return self._row.output
+        return self.request.output
 
     def _wait(self, sent: int) -> int:
         """Characters that are certain, more than `sent` unless the answer has ended."""
@@ -117,13 +128,13 @@ class Answer:
             return self._shown
 
     def _raise(self) -> None:
-        if self._row.error is not None:
-            raise self._row.error
+        if self.request.error is not None:
+            raise self.request.error
 
     def _publish(self) -> None:
         """The engine's thread has changed the row."""
         with self._changed:
-            self._shown, self._ended = self._row.num_shown, self._row.done
+            self._shown, self._ended = self.request.num_shown, self.request.done
             self._changed.notify_all()
             for wake in self._wakers:
                 try:
@@ -132,7 +143,7 @@ class Answer:
                     self.cancel()
 
 
-class Engine:
+class Engine(TextGenerator):
     """A model that answers many requests at once: `generate`, `stream`, `submit`; `close` ends its thread.
 
     max_batch_size: requests that decode together. max_model_len: of prompt and answer, a request.
@@ -197,37 +208,108 @@ class Engine:
     def prepare(
         self,
         prompt: str | None = None,
-        images: Sequence[Any] = (),
+        images: Images | None = None,
         *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
+        messages: Sequence[Message] | None = None,
         input_ids: Sequence[int] | None = None,
-        style: str = "hf",
+        style: Style = "hf",
     ) -> PreparedPrompt:
-        """`NVLM.prepare`, with the tiles cut before it returns: rows never wait for them. "open" has their time."""
+        """Makes one prompt ready, as `NVLM.prepare`, and waits for its tiles, so that no batch waits for them.
+
+        Args:
+            prompt: As in `NVLM.prepare`, as are the arguments below.
+            images: As in `NVLM.prepare`.
+            messages: As in `NVLM.prepare`.
+            input_ids: As in `NVLM.prepare`.
+            style: As in `NVLM.prepare`.
+
+        Returns:
+            The prompt. The time of its tiles counts as "open".
+
+        Raises:
+            ValueError: As `NVLM.prepare`.
+            FileNotFoundError: An image path does not exist.
+        """
         prepared = self.model.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style)
         began = time.perf_counter()
-        for picture in prepared.images:
-            if picture.handle is None:
-                picture.pixels()
+        for image in prepared.images:
+            if image.handle is None:
+                image.pixels()
         opened = prepared.timings["open"] + time.perf_counter() - began
         return replace(prepared, timings={**prepared.timings, "open": opened})
 
-    def submit(self, request: PreparedPrompt, params: GenerationParams | None = None) -> Answer:
-        """Puts a prepared request in line, greedy if params is None. Does not wait.
+    def submit(
+        self,
+        prompt: OnePrompt | None = None,
+        images: Images | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        input_ids: Sequence[int] | None = None,
+        style: Style = "hf",
+        params: GenerationParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        ignore_eos: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Answer:
+        """Queues one prompt and returns at once; a prompt that is not a `PreparedPrompt` is prepared first.
 
-        Raises ValueError where it can never fit a row, QueueFull where the line is full, EngineStopped after the end.
+        Args:
+            prompt: As in `generate`; one prompt, as are the arguments below.
+            images: As in `generate`.
+            messages: As in `generate`.
+            input_ids: As in `generate`.
+            style: As in `generate`.
+            params: As in `generate`.
+            max_new_tokens: As in `generate`.
+            stop: As in `generate`.
+            ignore_eos: As in `generate`.
+            temperature: As in `generate`.
+            top_k: As in `generate`.
+            top_p: As in `generate`.
+            min_p: As in `generate`.
+            repetition_penalty: As in `generate`.
+            seed: As in `generate`.
+
+        Returns:
+            The answer: its result, or its pieces.
+
+        Raises:
+            ValueError: An argument is invalid, or the request can never fit.
+            QueueFull: `max_queue` requests wait already.
+            EngineStopped: The engine is closed or has failed.
         """
-        if not isinstance(request, PreparedPrompt):
-            raise ValueError(f"a request is what prepare returns, got {type(request).__name__}")
-        row = self.model.request(request, params or GenerationParams())
-        num_keys = request.layout.cross_length
-        if row.num_positions > self.max_model_len or num_keys > self.max_image_tokens:
+        question = one_question("submit", prompt, images, messages, input_ids)
+        (read,) = read_params(
+            None,
+            params,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        return self._submit(self._prepared(question, style), read)
+
+    def _submit(self, prepared: PreparedPrompt, params: GenerationParams) -> Answer:
+        request = self.model.request(prepared, params)
+        num_keys = prepared.layout.cross_length
+        if request.num_positions > self.max_model_len or num_keys > self.max_image_tokens:
             raise ValueError(
-                f"the request needs {row.num_positions} tokens ({len(request.input_ids)} of them its prompt) and "
-                f"{num_keys} image keys, the engine has {self.max_model_len} and {self.max_image_tokens} a row"
+                f"the request needs {request.num_positions} tokens ({len(prepared.input_ids)} of them its prompt) and "
+                f"{num_keys} image keys, the engine has {self.max_model_len} and {self.max_image_tokens} per request"
             )
-        len(request.keys)  # computed here, not between two steps
-        answer = Answer(row, self._inbox)
+        len(prepared.keys)  # computed here, not between two steps
+        answer = Answer(request, self._inbox)
         with self._lock:
             if self._stopped is not None:
                 raise self._stopped.again()
@@ -236,45 +318,39 @@ class Engine:
             self._inbox.put(answer)
         return answer
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        images: Sequence[Any] = (),
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | None = None,
-        style: str = "hf",
-        **params: Any,
-    ) -> Output:
-        """`NVLM.generate` among the other requests; interrupted, it frees its row. Raises as `submit` does."""
-        checked = GenerationParams(**params)
-        prepared = self.prepare(prompt, images, messages=messages, input_ids=input_ids, style=style)
-        answer = self.submit(prepared, checked)
+    def _answer(self, prepared: PreparedPrompt, params: GenerationParams) -> Output:
+        answer = self._submit(prepared, params)
         try:
             return answer.result()
         finally:
             answer.cancel()
 
-    def stream(
-        self,
-        prompt: str | None = None,
-        images: Sequence[Any] = (),
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | None = None,
-        style: str = "hf",
-        **params: Any,
-    ) -> AsyncIterator[str]:
-        """The pieces of an answer for `async for`, prepared in a thread. Left or cancelled, it frees its row.
+    def _answer_all(self, requests: Sequence[tuple[PreparedPrompt, GenerationParams]]) -> list[Output]:
+        """Queues as many requests as there is room for, and waits for its own oldest where the queue is full."""
+        answers: list[Answer] = []
+        num_done = 0
+        try:
+            for request in requests:
+                while True:
+                    try:
+                        answers.append(self._submit(*request))
+                        break
+                    except QueueFull:
+                        if num_done == len(answers):
+                            raise
+                        answers[num_done].result()
+                        num_done += 1
+            return [answer.result() for answer in answers]
+        finally:
+            for answer in answers:
+                answer.cancel()
 
-        Raises ValueError for params here, everything else at the first piece.
-        """
-        checked = GenerationParams(**params)
-        prepare = partial(self.prepare, prompt, images, messages=messages, input_ids=input_ids, style=style)
-        return self._pieces(prepare, checked)
+    def _stream(self, prepared: PreparedPrompt, params: GenerationParams) -> TextStream:
+        answer = self._submit(prepared, params)
+        return TextStream(iter(answer), answer.request, answer.cancel)
 
-    async def _pieces(self, prepare: Callable[[], PreparedPrompt], params: GenerationParams) -> AsyncIterator[str]:
-        answer = self.submit(await asyncio.to_thread(prepare), params)
+    async def _astream(self, question: Question, style: Style, params: GenerationParams) -> AsyncIterator[str]:
+        answer = self._submit(await asyncio.to_thread(self._prepared, question, style), params)
         async with aclosing(aiter(answer)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -312,8 +388,8 @@ class _Line:
             if self.waiting and self.batch.num_free and not self.batch.is_reading:
                 answer = self.waiting.popleft()
                 self._stop_waiting(answer)
-                self.batch.admit(answer._row)
-                self.active[id(answer._row)] = answer
+                self.batch.admit(answer.request)
+                self.active[id(answer.request)] = answer
             # a row may have made two steps of progress: its prompt's end and a token
             for row in {id(row) for row, _ in self.batch.advance()}:
                 self._publish(self.active[row])
@@ -322,8 +398,8 @@ class _Line:
         """Fails every request that is left."""
         self.waiting += (message for message in self._messages() if isinstance(message, Answer))
         for answer in (*self.active.values(), *self.waiting):
-            if not answer._row.done:
-                answer._row.error = error.again()
+            if not answer.request.done:
+                answer.request.error = error.again()
             if not answer._ended:
                 self._publish(answer)
         self.batch.close()
@@ -356,23 +432,23 @@ class _Line:
             self.waiting.append(message)
 
     def _cancel(self, answer: Answer) -> None:
-        if id(answer._row) in self.active:
-            self.batch.cancel(answer._row)
+        if id(answer.request) in self.active:
+            self.batch.cancel(answer.request)
         else:
             if answer in self.waiting:
                 self.waiting.remove(answer)
-            answer._row.finish("cancelled")
+            answer.request.finish("cancelled")
         self._publish(answer)
 
     def _publish(self, answer: Answer) -> None:
-        if answer._row.done:
+        if answer.request.done:
             self._stop_waiting(answer)
-            self.active.pop(id(answer._row), None)
+            self.active.pop(id(answer.request), None)
             self.room.release()
         answer._publish()
 
     def _stop_waiting(self, answer: Answer) -> None:
-        answer._row.timings.setdefault("queue", time.perf_counter() - answer._since)
+        answer.request.timings.setdefault("queue", time.perf_counter() - answer._since)
 
 
 def _check_size(name: str, value: Any, least: int) -> None:

@@ -34,7 +34,7 @@ def answers(
                     model.request(prepared[-1], params)  # refuses what the batch would
                 except (ValueError, OSError) as error:
                     raise sample.row.error(str(error)) from error
-            yield from zip(some, model.generate_batch(prepared, params))
+            yield from zip(some, model.generate(prepared, params=params))
         return
     max_pictures = max(len(sample.pictures) for sample in samples)
     waiting: deque = deque()
@@ -47,7 +47,7 @@ def answers(
     ) as engine:
         for sample in samples:
             try:
-                waiting.append((sample, engine.submit(_prepare(engine, sample, style), params)))
+                waiting.append((sample, engine.submit(_prepare(engine, sample, style), params=params)))
             except (ValueError, OSError) as error:
                 yield from _complete(waiting, 0)
                 raise sample.row.error(str(error)) from error

@@ -154,7 +154,7 @@ class Tokenizer:
         self._backend.save(str(Path(folder) / "tokenizer.json"))
 
 
-class TextStream:
+class Detokenizer:
     """Decodes one id at a time: what `push` and `flush` return, joined, is `decode` of all the ids.
 
     Exact for byte-level vocabularies, whatever the bytes. A character of UTF-8 has at most 4 bytes and a token at least

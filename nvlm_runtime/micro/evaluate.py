@@ -78,7 +78,7 @@ def evaluate(
             prepared = [open_tag_mask(each) for each in prepared]
         if blank_tiles:
             prepared = [_blank(each) for each in prepared]
-        outputs = model.generate_batch(prepared, GenerationParams(max_new_tokens=32))
+        outputs = model.generate(prepared, params=GenerationParams(max_new_tokens=32))
         for (_, question), output in zip(batch, outputs, strict=True):
             count = kinds.setdefault(question.kind, [0, 0])
             count[0] += 1

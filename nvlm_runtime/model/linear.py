@@ -16,8 +16,6 @@ GFLOP/s on a core of the first kind, 2 threads, medians of 5, casts included, ou
     33, 896, 9728        127     98     104     105     102
 """
 
-import copy
-import itertools
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +23,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nvlm_runtime.model.view import Model, view_of
 
 MIN_ROWS = 128
 BLOCK_FEATURES = 2048  # made fp32 at a time: they stay in a core's cache
@@ -83,20 +83,11 @@ class InferenceLinear(nn.Linear):
         return linear_in_fp32(x, lambda first, end: self.weight[first:end].float(), self.out_features, self.bias)
 
 
-def replace_linears(model: nn.Module, old: type[nn.Linear] = nn.Linear, new: type[nn.Linear] = InferenceLinear) -> None:
-    """Makes every linear of just the type `old` one of the type `new` that holds the same parameters, in place."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is old:
-                with torch.device("meta"):
-                    made = new(child.in_features, child.out_features, child.bias is not None)
-                made.weight, made.bias = child.weight, child.bias
-                setattr(parent, name, made.train(child.training))
+def with_inference_linears(model: Model) -> Model:
+    """A view of a model (`view_of`) in which every nn.Linear is an `InferenceLinear` of the same weights."""
+    return view_of(model, {nn.Linear: InferenceLinear})
 
 
-def plain_twin(model: nn.Module) -> nn.Module:
-    """A model of the same tensors whose linears are torch's own."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    replace_linears(twin, InferenceLinear, nn.Linear)
-    return twin
+def with_plain_linears(model: Model) -> Model:
+    """A view of a model (`view_of`) in which every `InferenceLinear` is an nn.Linear of the same weights."""
+    return view_of(model, {InferenceLinear: nn.Linear})

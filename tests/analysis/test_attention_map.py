@@ -176,7 +176,7 @@ def test_the_heat_map_is_bright_where_the_weights_are():
 
 
 def test_the_command(tmp_path, capsys):
-    words = ["look", str(RECEIPT), "What is the total?", "--model", "micro-h"]
+    words = ["attention-map", str(RECEIPT), "What is the total?", "--model", "micro-h"]
     assert main([*words, "--png", str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "17.40" and "thumbnail" in out and "layer 5: gate" in out
@@ -191,7 +191,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["What?"], "needs a picture"),
+        (["What?"], "needs an image"),
         ([str(RECEIPT), "What is the total?", "--token", "9"], "--token must be from 1 to 5"),
         ([str(RECEIPT), "What?", "--png", "nowhere/a.png"], "its folder is not there"),
         ([str(RECEIPT), "What?", "--png", "a.what"], "names a picture format"),
@@ -199,7 +199,7 @@ def test_the_command(tmp_path, capsys):
     ],
 )
 def test_bad_words(words, said, capsys):
-    assert main(["look", *words]) == 2
+    assert main(["attention-map", *words]) == 2
     assert said in capsys.readouterr().err
 
 

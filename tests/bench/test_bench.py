@@ -201,7 +201,7 @@ def test_an_answer_says_what_its_steps_read(micro):
     assert micro.generate("What?", max_new_tokens=1, ignore_eos=True).read_rate() is None
 
 
-@pytest.mark.parametrize("native", [None, False])
+@pytest.mark.parametrize("native", ["auto", False])
 def test_context_tells_host_time_from_the_native_step(native):
     (row,) = context.measure("micro-x", [4], tokens=6, rounds=2, native=native)
     assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["context"] == 4

@@ -288,8 +288,8 @@ def test_engine_merges_or_not(tmp_path, variant):
     engines = [
         NVLM.load(f"micro-{variant}", lora=tmp_path),
         NVLM.load(f"micro-{variant}", lora=tmp_path, native=False),
-        NVLM.load(f"micro-{variant}", lora=tmp_path, merge=False),
-        NVLM.load(f"micro-{variant}", lora=tmp_path, merge=False, graphs=True),
+        NVLM.load(f"micro-{variant}", lora=tmp_path, merge_lora=False),
+        NVLM.load(f"micro-{variant}", lora=tmp_path, merge_lora=False, graphs=True),
     ]
     bare = NVLM.load(f"micro-{variant}")
     outputs = [
@@ -302,7 +302,7 @@ def test_engine_merges_or_not(tmp_path, variant):
     assert (logits[0] - logits[1]).abs().max() < 1e-3
     for wrong in ({"native": True}, {"quantize": {"decoder": "int8"}}):
         with pytest.raises(ValueError, match="merge them first"):
-            NVLM.load(f"micro-{variant}", lora=tmp_path, merge=False, **wrong)
+            NVLM.load(f"micro-{variant}", lora=tmp_path, merge_lora=False, **wrong)
     NVLM.load(f"micro-{variant}", lora=tmp_path, quantize={"decoder": "int8"})
 
 

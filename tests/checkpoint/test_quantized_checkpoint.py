@@ -107,7 +107,7 @@ def test_what_a_quantised_checkpoint_is_not_for(folder, tmp_path):
         load(folder, group=Group(0, 2))
     with pytest.raises(ValueError, match="no floating linears in decoder"):
         NVLM.load(folder, quantize={"decoder": "int4"})
-    with pytest.raises(ValueError, match="quantised weights know no adapters"):
+    with pytest.raises(ValueError, match="quantised weights do not support adapters"):
         NVLM.load(folder, lora=tmp_path)
     recipe = replace(recipe_of(tmp_path, "d"), model=str(folder), out=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="is quantised: it answers, and does not learn"):

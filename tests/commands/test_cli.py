@@ -96,13 +96,13 @@ def test_bad_input_is_one_sentence(capsys, argv, message):
 
 
 def test_ctrl_c_keeps_the_answer_so_far(capsys, monkeypatch):
-    from nvlm_runtime.engine.nvlm import Stream
+    from nvlm_runtime.engine.generator import TextStream
 
     def interrupted(self):
         yield "17"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Stream, "__iter__", interrupted)
+    monkeypatch.setattr(TextStream, "__iter__", interrupted)
     code, out, _ = run(capsys, "ask", RECEIPT, "What is the total?")
     assert code == 130 and out == "17\n"
 

@@ -32,7 +32,7 @@ def requests(model: NVLM) -> list:
 def answers(variant: str, count: int = 5, **options) -> list[list[int]]:
     """Every request alone, in a model that has seen nothing before."""
     return [
-        model.generate_batch([requests(model)[i]], PARAMS)[0].token_ids
+        model.generate([requests(model)[i]], params=PARAMS)[0].token_ids
         for i in range(count)
         for model in [fresh(variant, **options)]
     ]
@@ -43,7 +43,7 @@ def answers(variant: str, count: int = 5, **options) -> list[list[int]]:
 def test_chunks_do_not_matter(variant, chunk):
     want = answers(variant)
     model = fresh(variant, chunk=chunk, reuse=False)
-    assert [model.generate_batch([request], PARAMS)[0].token_ids for request in requests(model)] == want
+    assert [model.generate([request], params=PARAMS)[0].token_ids for request in requests(model)] == want
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

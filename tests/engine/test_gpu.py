@@ -24,7 +24,7 @@ def requests(model: NVLM) -> list:
 
 def answers(model: NVLM) -> list[list[int]]:
     """A batch, and one request each way to draw."""
-    outputs = model.generate_batch(requests(model), GenerationParams(max_new_tokens=12, ignore_eos=True))
+    outputs = model.generate(requests(model), params=GenerationParams(max_new_tokens=12, ignore_eos=True))
     outputs += [model.generate("What is the tax?", [RECEIPT], max_new_tokens=12, **way) for way in WAYS]
     return [output.token_ids for output in outputs]
 

@@ -20,9 +20,9 @@ VARIANTS = ("d", "x", "h")
 def test_graphs_give_the_same_tokens(variant):
     want = answers(variant)
     model = fresh(variant, graphs=True, chunk=64)
-    assert [out.token_ids for out in model.generate_batch(requests(model), PARAMS)] == want
+    assert [out.token_ids for out in model.generate(requests(model), params=PARAMS)] == want
     for request, ids in zip(requests(model), want, strict=True):
-        stream = model.complete(request, PARAMS)
+        stream = model.stream(request, params=PARAMS)
         for _ in stream:
             pass
         assert stream.output.token_ids == ids
@@ -76,7 +76,7 @@ def test_nothing_is_built_after_an_engine_s_warmup(variant):
             params = GenerationParams(
                 max_new_tokens=rng.randrange(1, 8), temperature=rng.choice([0.0, 1.0]), seed=number, ignore_eos=True
             )
-            answers.append(engine.submit(prepared, params))
+            answers.append(engine.submit(prepared, params=params))
         assert all(answer.result(60).token_ids for answer in answers)
     assert model.compiles_after_warmup == 0
 
@@ -114,7 +114,7 @@ def test_buckets():
 
 def test_deterministic_rows_take_stages_of_their_own():
     model = fresh("x", graphs=True, deterministic=True, chunk=64)
-    got = model.generate_batch(requests(model), GenerationParams(max_new_tokens=4, ignore_eos=True))
+    got = model.generate(requests(model), params=GenerationParams(max_new_tokens=4, ignore_eos=True))
     assert [out.token_ids for out in got] == [ids[:4] for ids in answers("x")]
     steps = [stage.name for stage in model.stages.stages.values() if stage.name.startswith("step")]
     assert steps and all(name.startswith("step 1 ") for name in steps)

@@ -200,12 +200,12 @@ def test_native_and_plain_give_the_same_tokens(variant, library):
     want = answers(variant, native=False)
     model = fresh(variant, native=True, cache_folder=library.path.parent)
     assert model.stages._native is not None
-    assert [out.token_ids for out in model.generate_batch(requests(model), PARAMS)] == want
+    assert [out.token_ids for out in model.generate(requests(model), params=PARAMS)] == want
     with torch.no_grad():
         model.model.language_model.norm.weight.mul_(-1)
     plain = NVLM(model.model, model.tokenizer, native=False)
-    got = model.generate_batch(requests(model), PARAMS)
-    assert [out.token_ids for out in got] == [out.token_ids for out in plain.generate_batch(requests(plain), PARAMS)]
+    got = model.generate(requests(model), params=PARAMS)
+    assert [out.token_ids for out in got] == [out.token_ids for out in plain.generate(requests(plain), params=PARAMS)]
 
 
 def test_fp16_is_refused(library):
@@ -230,7 +230,7 @@ def test_the_library_is_built_once_and_never_used_when_damaged(tmp_path, monkeyp
 
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(native.BuildError, match=r"needs a C\+\+ compiler .* found none.*--no-compile"):
+    with pytest.raises(native.BuildError, match=r"needs a C\+\+ compiler .* found none.*--no-native"):
         native.load_library(tmp_path)
     assert fresh("d").stages._native is None, "not asked for: plain PyTorch"
     with pytest.raises(native.BuildError):

@@ -41,7 +41,7 @@ def test_the_answer_is_the_one_without_drafts(variant, native, params):
 
     model.stages.verify = counted
     for images in ([LARGE], []):
-        a, b = (m.generate_batch([m.prepare(REPEATS, images)], params)[0] for m in (want, model))
+        a, b = (m.generate([m.prepare(REPEATS, images)], params=params)[0] for m in (want, model))
         assert b.token_ids == a.token_ids and b.text == a.text and b.finish_reason == "length"
         assert len(b.token_seconds) == 59
     if not params.temperature:

@@ -9,7 +9,7 @@ from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.engine.request import Request
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.step_bytes import step_bytes
-from nvlm_runtime.inputs.tokenizer import TextStream
+from nvlm_runtime.inputs.tokenizer import Detokenizer
 from tests.small import small_engine
 
 IMAGE = Image.new("RGB", (96, 64), (200, 30, 60))
@@ -21,7 +21,7 @@ def play(engine, ids, eos_id=-1, limit=None, **params):
     eos_id = engine.tokenizer.eos_id if eos_id == -1 else eos_id
     params = GenerationParams(**params)
     reads = step_bytes(engine.model)
-    row = Request(engine.prepare("Hello?"), params, TextStream(engine.tokenizer), eos_id, limit or len(ids), reads)
+    row = Request(engine.prepare("Hello?"), params, Detokenizer(engine.tokenizer), eos_id, limit or len(ids), reads)
     pieces = []
     while not row.done:
         pieces.append(row.accept(ids[len(pieces)]))
@@ -168,7 +168,8 @@ def pads(count):
         ({"input_ids": [1.5]}, "whole numbers"),
         ({"input_ids": [True]}, "whole numbers"),
         ({"input_ids": ["7"]}, "whole numbers"),
-        ({"input_ids": [[5, 6]]}, "whole numbers"),
+        ({"input_ids": [[5, 6]]}, "stream takes one prompt, got a list of 1"),
+        ({"input_ids": [[5, 6], 7]}, "whole numbers"),
         ({"input_ids": 5}, "whole numbers"),
         ({"prompt": "<image> and <image>", "images": [IMAGE]}, "2 places for images, but there are 1"),
         ({"prompt": "<image>"}, "1 places for images, but there are 0"),

@@ -99,7 +99,7 @@ def drawn_requests(seed: int, count: int) -> list[tuple[str, list, GenerationPar
 def consume(engine: Engine, request) -> tuple[Answer, str]:
     """In a client's thread: the answer and its pieces, up to where the request is to be cancelled."""
     prompt, images, params, cancelled = request
-    answer, text = engine.submit(engine.prepare(prompt, images), params), ""
+    answer, text = engine.submit(engine.prepare(prompt, images), params=params), ""
     if cancelled == 0:
         answer.cancel()
     for number, piece in enumerate(answer, 1):
@@ -139,7 +139,7 @@ def test_answers_are_those_of_single_fresh_runs(variant, mode, monkeypatch):
             assert isinstance(end, ZeroDivisionError) or cancelled == 0 and not end[0].output.token_ids
             continue
         lone = make()
-        want = lone.complete(lone.prepare(prompt, images), params)
+        want = lone.stream(lone.prepare(prompt, images), params=params)
         whole = "".join(want)
         answer, text = end
         out = answer.result(GUARD)
@@ -172,7 +172,9 @@ def test_deterministic_logits_have_the_bits_of_the_single_run(variant, monkeypat
     together = watch(model)
     with Engine(model, max_batch_size=3, max_model_len=200) as engine:
         for seed, request in enumerate(requests):
-            engine.submit(engine.prepare(*request), GenerationParams(max_new_tokens=9, ignore_eos=True, seed=seed))
+            engine.submit(
+                engine.prepare(*request), params=GenerationParams(max_new_tokens=9, ignore_eos=True, seed=seed)
+            )
     for seed, request in enumerate(requests):
         model = fresh(variant, deterministic=True)
         single = watch(model)
@@ -186,14 +188,14 @@ def test_a_full_line_is_refused_and_empties(monkeypatch):
     gate = Gate(model, "step", monkeypatch)
     with Engine(model, max_batch_size=1, max_model_len=200, max_queue=2) as engine:
         prepared = engine.prepare("Hello?")
-        answers = [engine.submit(prepared, long(3)) for _ in range(3)]
+        answers = [engine.submit(prepared, params=long(3)) for _ in range(3)]
         with pytest.raises(QueueFull, match="^2 requests wait already, and no more may"):
-            engine.submit(prepared, long(3))
+            engine.submit(prepared, params=long(3))
         answers[1].cancel()
         gate.free()
         reasons = [answer.result(GUARD).finish_reason for answer in answers]
         assert reasons == ["length", "cancelled", "length"]
-        again = [engine.submit(prepared, long(3)) for _ in range(3)]
+        again = [engine.submit(prepared, params=long(3)) for _ in range(3)]
         assert [answer.result(GUARD).token_ids for answer in again] == [answers[0].output.token_ids] * 3
 
 
@@ -208,7 +210,8 @@ def test_requests_start_in_the_order_they_came(monkeypatch):
     with Engine(model, max_batch_size=1, max_model_len=200) as engine:
         prepared = engine.prepare("Hello?")
         answers = [
-            engine.submit(prepared, GenerationParams(max_new_tokens=5, ignore_eos=True, seed=i)) for i in range(5)
+            engine.submit(prepared, params=GenerationParams(max_new_tokens=5, ignore_eos=True, seed=i))
+            for i in range(5)
         ]
         gate.free()
         outs = [answer.result(GUARD) for answer in answers]
@@ -227,9 +230,9 @@ def test_rows_decode_while_a_prompt_is_read(monkeypatch):
             model.stages, stage, lambda *args, s=stage, f=original: (events.append((s, args[1])), f(*args))[1]
         )
     with Engine(model, max_batch_size=2, max_model_len=300) as engine:
-        first = engine.submit(engine.prepare("Hello?"), long(60))
+        first = engine.submit(engine.prepare("Hello?"), params=long(60))
         gate.let(1)
-        second = engine.submit(engine.prepare("What is it, in all of these many words?", [LARGE]), long(3))
+        second = engine.submit(engine.prepare("What is it, in all of these many words?", [LARGE]), params=long(3))
         gate.free()
         assert (
             second.result(GUARD).token_ids
@@ -246,15 +249,15 @@ def test_what_can_never_fit_is_refused_at_once():
         with pytest.raises(
             ValueError, match=r"needs \d+ tokens \(\d+ of them its prompt\) .* the engine has 100 and 28"
         ):
-            engine.submit(engine.prepare("Hello?"), long(200))
-        with pytest.raises(ValueError, match=r"and 32 image keys, the engine has 100 and 28 a row"):
-            engine.submit(engine.prepare("<image><image>", [LARGE, SMALL]), long(2))
-        with pytest.raises(ValueError, match="a request is what prepare returns, got str"):
-            engine.submit("Hello?")
+            engine.submit(engine.prepare("Hello?"), params=long(200))
+        with pytest.raises(ValueError, match=r"and 32 image keys, the engine has 100 and 28 per request"):
+            engine.submit(engine.prepare("<image><image>", [LARGE, SMALL]), params=long(2))
+        with pytest.raises(ValueError, match="submit takes one prompt, got a list of 2"):
+            engine.submit(["Hello?", "What?"])
         with pytest.raises(ValueError, match="max_new_tokens must be"):
             engine.generate("Hello?", max_new_tokens=0)
         with pytest.raises(ValueError, match="max_new_tokens must be"):
-            engine.stream("Hello?", max_new_tokens=0)
+            engine.astream("Hello?", max_new_tokens=0)
         with pytest.raises(ValueError, match="the prompt is empty"):
             engine.generate(" ")
         assert engine.generate("Hello?", max_new_tokens=3).token_ids
@@ -296,7 +299,7 @@ def test_close_waits_for_every_answer(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
     engine = Engine(model, max_batch_size=2, max_model_len=200)
-    answers = [engine.submit(engine.prepare("Hello?"), long(5)) for _ in range(5)]
+    answers = [engine.submit(engine.prepare("Hello?"), params=long(5)) for _ in range(5)]
     closing = threading.Thread(target=engine.close)
     closing.start()
     gate.free()
@@ -304,7 +307,7 @@ def test_close_waits_for_every_answer(monkeypatch):
     assert not closing.is_alive()
     assert [answer.result(0).token_ids for answer in answers] == [alone("x", "Hello?", count=5).token_ids] * 5
     with pytest.raises(EngineStopped, match="^the engine is closed$"):
-        engine.submit(engine.prepare("Hello?"), long(3))
+        engine.submit(engine.prepare("Hello?"), params=long(3))
     engine.close()
     engine.close(drain=False)
 
@@ -315,7 +318,7 @@ def test_close_without_waiting_ends_every_request(drains, monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
     engine = Engine(model, max_batch_size=2, max_model_len=300)
-    answers = [engine.submit(engine.prepare("Hello?"), long(200)) for _ in range(5)]
+    answers = [engine.submit(engine.prepare("Hello?"), params=long(200)) for _ in range(5)]
     gate.let(4)
     threads = [threading.Thread(target=engine.close, args=(drain,)) for drain in drains]
     for number, thread in enumerate(threads, 1):
@@ -337,7 +340,7 @@ def test_leaving_the_block_by_an_error_does_not_wait(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
     with pytest.raises(KeyError), Engine(model, max_batch_size=1, max_model_len=300) as engine:
-        answer = engine.submit(engine.prepare("Hello?"), long(200))
+        answer = engine.submit(engine.prepare("Hello?"), params=long(200))
         gate.let(3)
         engine._inbox.put("now")  # what leaving does first; here before the thread may go on
         gate.free()
@@ -353,13 +356,13 @@ def test_cancel_frees_the_row(when, monkeypatch):
     model = fresh("x", chunk=4)
     gate = Gate(model, "prefill" if when == "prefill" else "step", monkeypatch)
     with Engine(model, max_batch_size=1, max_model_len=300) as engine:
-        first = engine.submit(engine.prepare("What is it?", [LARGE]), long(200))
-        second = engine.submit(engine.prepare("What is it?", [LARGE]), long(6))
+        first = engine.submit(engine.prepare("What is it?", [LARGE]), params=long(200))
+        second = engine.submit(engine.prepare("What is it?", [LARGE]), params=long(6))
         gate.let(3)
         cancelled, other = (second, first) if when == "queued" else (first, second)
         cancelled.cancel()
         if when == "queued":
-            third = engine.submit(engine.prepare("What is it?", [LARGE]), long(6))
+            third = engine.submit(engine.prepare("What is it?", [LARGE]), params=long(6))
         gate.free()
         out = cancelled.result(GUARD)
         assert out.finish_reason == "cancelled" and out.text == "".join(cancelled)
@@ -375,7 +378,7 @@ def test_a_loop_left_early_frees_its_row_and_a_second_one_begins_anew(monkeypatc
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
     with Engine(model, max_batch_size=1, max_model_len=300) as engine:
-        answer = engine.submit(engine.prepare("What is it?", [LARGE]), long(200))
+        answer = engine.submit(engine.prepare("What is it?", [LARGE]), params=long(200))
         gate.let(5)
         pieces = iter(answer)
         piece = next(pieces)
@@ -390,7 +393,7 @@ def test_result_gives_up_waiting_and_the_answer_goes_on(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "step", monkeypatch)
     with Engine(model, max_batch_size=1, max_model_len=300) as engine:
-        answer = engine.submit(engine.prepare("Hello?"), long(5))
+        answer = engine.submit(engine.prepare("Hello?"), params=long(5))
         with pytest.raises(TimeoutError, match="not complete after 0.01 s"):
             answer.result(0.01)
         gate.free()
@@ -433,15 +436,15 @@ def test_a_crash_ends_every_request_and_the_engine(stage, monkeypatch):
         calls.append(args)
         if len(calls) == 3:
             if stage == "step":
-                answers.append(engine.submit(prepared, long(20)))  # not read by the thread any more
+                answers.append(engine.submit(prepared, params=long(20)))  # not read by the thread any more
             raise MemoryError("no page is left")
         return original(*args)
 
     monkeypatch.setattr(model.stages, stage, fail)
     engine = Engine(model, max_batch_size=2, max_model_len=200)
     prepared = engine.prepare("Hello?")
-    answers = [engine.submit(prepared, long(20)) for _ in range(5)]
-    streamed = engine.stream("Hello?", max_new_tokens=20, ignore_eos=True)
+    answers = [engine.submit(prepared, params=long(20)) for _ in range(5)]
+    streamed = engine.astream("Hello?", max_new_tokens=20, ignore_eos=True)
     gate.free()
     if stage == "first":
         ends = [failure(answer.result) for answer in answers]
@@ -454,7 +457,7 @@ def test_a_crash_ends_every_request_and_the_engine(stage, monkeypatch):
             assert isinstance(end, EngineStopped) and isinstance(end.__cause__, MemoryError)
             assert str(end) == "the engine failed: MemoryError: no page is left"
     with pytest.raises(EngineStopped, match="MemoryError: no page is left"):
-        engine.submit(engine.prepare("Hello?"), long(3))
+        engine.submit(engine.prepare("Hello?"), params=long(3))
     with pytest.raises(EngineStopped, match="MemoryError: no page is left"):
         asyncio.run(collect(streamed))
     engine.close()
@@ -481,7 +484,7 @@ def test_many_tasks_stream_at_once(variant):
 
     async def run(engine):
         return await asyncio.gather(
-            *(collect(engine.stream(*each, max_new_tokens=12, ignore_eos=True)) for each in asked)
+            *(collect(engine.astream(*each, max_new_tokens=12, ignore_eos=True)) for each in asked)
         )
 
     with Engine(model, max_batch_size=3, max_model_len=200) as engine:
@@ -497,7 +500,7 @@ def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
     monkeypatch.setattr(model, "request", lambda *args: rows.append(make(*args)) or rows[-1])
 
     async def leave(engine):
-        stream = engine.stream("What is it?", [LARGE], max_new_tokens=200, ignore_eos=True)
+        stream = engine.astream("What is it?", [LARGE], max_new_tokens=200, ignore_eos=True)
         async for _ in stream:
             if how == "cancelled":
                 await asyncio.Event().wait()
@@ -515,7 +518,7 @@ def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
             await asyncio.sleep(0.05)
             gate.permits.release()
         gate.free()
-        return await collect(engine.stream("Hello?", max_new_tokens=5, ignore_eos=True))
+        return await collect(engine.astream("Hello?", max_new_tokens=5, ignore_eos=True))
 
     with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         if how != "cancelled":
@@ -526,7 +529,7 @@ def test_a_task_that_goes_away_frees_its_row(how, monkeypatch):
             loop.run_until_complete(loop.shutdown_default_executor())
             loop.close()
             gate.free()
-            text = engine.submit(engine.prepare("Hello?"), long(5)).result(GUARD).text
+            text = engine.submit(engine.prepare("Hello?"), params=long(5)).result(GUARD).text
             del stream
         else:
             text = asyncio.run(both(engine))
@@ -540,7 +543,7 @@ def test_a_cancelled_loop_over_an_answer(monkeypatch):
     gate = Gate(model, "step", monkeypatch)
 
     async def run(engine):
-        answer = engine.submit(engine.prepare("Hello?"), long(200))
+        answer = engine.submit(engine.prepare("Hello?"), params=long(200))
         task = asyncio.create_task(collect(answer))
         await asyncio.to_thread(gate.let, 3)
         task.cancel()
@@ -561,7 +564,7 @@ def test_the_model_answers_beside_its_engine(variant):
     want = [alone(variant, "What is it?", [image], 100).token_ids for image in (LARGE, SMALL)]
     with Engine(model, max_batch_size=1, max_model_len=300) as engine:
         for _ in range(6):
-            answer = engine.submit(engine.prepare("What is it?", [LARGE]), long(100))
+            answer = engine.submit(engine.prepare("What is it?", [LARGE]), params=long(100))
             beside = model.generate("What is it?", [SMALL], max_new_tokens=100, ignore_eos=True)
             assert [answer.result(GUARD).token_ids, beside.token_ids] == want
 
@@ -583,7 +586,7 @@ def test_an_interpreter_may_end_with_an_open_engine():
         from tests.small import small_engine
         atexit.register(lambda: print(engine._thread.is_alive()))
         engine = Engine(small_engine("x"))
-        engine.submit(engine.prepare("Hello?"), GenerationParams(max_new_tokens=400, ignore_eos=True))
+        engine.submit(engine.prepare("Hello?"), params=GenerationParams(max_new_tokens=400, ignore_eos=True))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10 * GUARD)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")

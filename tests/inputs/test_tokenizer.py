@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from nvlm_runtime.inputs.tokenizer import QWEN2_SPECIALS, TextStream, Tokenizer
+from nvlm_runtime.inputs.tokenizer import QWEN2_SPECIALS, Detokenizer, Tokenizer
 from tests.inputs.qwen import (
     TINY_SPECIALS,
     VOCABULARIES,
@@ -263,7 +263,7 @@ def test_a_rank_file_that_is_no_bpe_is_refused(tmp_path):
 
 def _pushed(tokenizer, ids):
     """Every push must have given all of the text that later ids cannot change, and no more."""
-    stream, text = TextStream(tokenizer), ""
+    stream, text = Detokenizer(tokenizer), ""
     for count, token_id in enumerate(ids, 1):
         text += stream.push(token_id)
         assert text == tokenizer.decode(ids[:count]).removesuffix("\ufffd")
@@ -306,7 +306,7 @@ def _byte_id(tokenizer, byte):
 def test_stream_never_gives_half_a_character(text):
     tokenizer = tiny_tokenizer()
     ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     pieces = [stream.push(token_id) for token_id in ids] + [stream.flush()]
     assert "".join(pieces) == text
     assert "".join(pieces).count("\ufffd") == text.count("\ufffd")
@@ -323,7 +323,7 @@ def test_stream_decodes_a_short_tail_only():
 
     tokenizer = Counting(tiny_backend())
     ids = [_byte_id(tokenizer, 0x80)] * 300 + tokenizer.encode("日本 plain words " * 30)
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     for token_id in ids:
         stream.push(token_id)
     assert max(lengths) <= 9

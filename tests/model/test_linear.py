@@ -7,7 +7,13 @@ from torch import nn
 
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.model import linear
-from nvlm_runtime.model.linear import InferenceLinear, computes_in_fp32, fp32_is_faster, plain_twin, replace_linears
+from nvlm_runtime.model.linear import (
+    InferenceLinear,
+    computes_in_fp32,
+    fp32_is_faster,
+    with_inference_linears,
+    with_plain_linears,
+)
 from nvlm_runtime.model.weight_only import Int4Linear, Int8Linear
 from tests.small import micro_tokenizer, small_model
 
@@ -20,10 +26,9 @@ def fast_fp32(monkeypatch):
 def layers(bias: bool) -> tuple[nn.Linear, InferenceLinear]:
     torch.manual_seed(0)
     plain = nn.Linear(192, 5000, bias=bias).bfloat16()  # three blocks, the last one short
-    holder = nn.Sequential(plain)
-    replace_linears(holder)
-    assert holder[0].weight is plain.weight
-    return plain, holder[0]
+    ours = with_inference_linears(nn.Sequential(plain))[0]
+    assert ours.weight is plain.weight
+    return plain, ours
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -105,16 +110,16 @@ def test_the_measurement_is_made_once():
 def test_engines_replace_them_in_bf16_on_a_cpu(dtype):
     model = small_model("x").to(dtype)
     names = set(dict(model.named_parameters()))
-    NVLM(model, micro_tokenizer(), native=False)
-    types = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    view = NVLM(model, micro_tokenizer(), native=False).model
+    types = {type(module) for module in view.modules() if isinstance(module, nn.Linear)}
     assert types == {InferenceLinear if dtype == torch.bfloat16 else nn.Linear}
-    assert set(dict(model.named_parameters())) == names
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    assert set(dict(view.named_parameters())) == names
 
 
-def test_a_plain_twin_shares_the_weights():
-    model = small_model("x")
-    replace_linears(model)
-    twin = plain_twin(model)
+def test_plain_linears_share_the_weights():
+    model = with_inference_linears(small_model("x"))
+    twin = with_plain_linears(model)
     assert not any(isinstance(module, InferenceLinear) for module in twin.modules())
     assert any(isinstance(module, InferenceLinear) for module in model.modules())
     pairs = zip(model.parameters(), twin.parameters(), strict=True)

@@ -67,8 +67,8 @@ def test_a_batch_is_its_rows_alone(variant):
     model = small_engine(variant)
     prepared = [model.prepare(prompt, images) for prompt, images in REQUESTS.values()]
     params = GenerationParams(max_new_tokens=8, ignore_eos=True)
-    alone = [model.generate_batch([each], params)[0] for each in prepared]
-    together = model.generate_batch(prepared, params)
+    alone = [model.generate([each], params=params)[0] for each in prepared]
+    together = model.generate(prepared, params=params)
     assert [out.token_ids for out in together] == [out.token_ids for out in alone]
     assert [out.text for out in together] == [out.text for out in alone]
 
@@ -79,11 +79,11 @@ def test_rows_of_a_batch_end_each_in_its_time(variant):
     prepared = [model.prepare(prompt, images) for prompt, images in REQUESTS.values()]
     prepared.append(model.prepare(input_ids=[100 + i % 300 for i in range(509)]))  # the context ends this one
     free = GenerationParams(max_new_tokens=12, ignore_eos=True)
-    texts = [model.generate_batch([each], free)[0].text for each in prepared]
+    texts = [model.generate([each], params=free)[0].text for each in prepared]
     stops = [text[2 + row : 5 + row] for row, text in enumerate(texts) if text[2 + row : 5 + row]]
     params = GenerationParams(max_new_tokens=12, ignore_eos=True, stop=stops)
-    alone = [model.generate_batch([each], params)[0] for each in prepared]
-    together = model.generate_batch(prepared, params)
+    alone = [model.generate([each], params=params)[0] for each in prepared]
+    together = model.generate(prepared, params=params)
     assert len({len(out.token_ids) for out in together}) > 1, "they end at different steps"
     assert [out.token_ids for out in together] == [out.token_ids for out in alone]
     assert [out.text for out in together] == [out.text for out in alone]
@@ -193,7 +193,7 @@ def test_a_text_row_in_a_mixed_batch_is_exactly_the_text_model():
     text = NVLM(bare.eval(), make_tokenizer(512))
     prepared = [model.prepare("What is it?"), model.prepare("What is it?", [picture((96, 64))])]
     want = text.generate("What is it?", max_new_tokens=8, ignore_eos=True)
-    got = model.generate_batch(prepared, GenerationParams(max_new_tokens=8, ignore_eos=True))[0]
+    got = model.generate(prepared, params=GenerationParams(max_new_tokens=8, ignore_eos=True))[0]
     assert got.token_ids == want.token_ids
 
 

@@ -240,11 +240,11 @@ def test_a_model_takes_it_and_lets_it_go(library, variant, monkeypatch):
         return native_attention(library, q, *rest)
 
     monkeypatch.setattr(route, "native_attention", counting)
-    assert [out.token_ids for out in model.generate_batch(requests(model), PARAMS)] == want
+    assert [out.token_ids for out in model.generate(requests(model), params=PARAMS)] == want
     tokens = model.config.vision.num_patches + 1
     assert tokens in called and set(called) - {tokens}, "tiles, and prompts"
     called.clear()
     use_library(copy.deepcopy(model.model), None)
     assert isinstance(model.model.language_model.attention, native.NativeLibrary), "the copy's alone"
     use_library(model.model, None)
-    assert [out.token_ids for out in model.generate_batch(requests(model), PARAMS)] == want and not called
+    assert [out.token_ids for out in model.generate(requests(model), params=PARAMS)] == want and not called

@@ -44,7 +44,7 @@ def test_bad_input_is_said_once(words, said):
 def test_three_ranks_score_what_one_process_does(tmp_path):
     words = [str(word) for word in write_benchmark("docvqa", tmp_path / "data")]
     base = [sys.executable, "-m", "nvlm_runtime", "eval", "docvqa", *words, "--model", "micro-d", "--json"]
-    base += ["--max-new-tokens", "6", "--no-compile"]
+    base += ["--max-new-tokens", "6", "--no-native"]
     said = {}
     for name, more in {"one": [], "three": ["--tp", "3"]}.items():
         done = subprocess.run(

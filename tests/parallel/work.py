@@ -27,7 +27,7 @@ def answers(model: NVLM) -> tuple[list[list[int]], Tensor]:
     """Token ids, greedy in a batch, sampled and drafted alone; and the logits of one whole forward."""
     asked = [("What is it?", [LARGE]), ("Hello?", []), ("First <image> and <image>?", [SMALL, LARGE])]
     prepared = [model.prepare(text, images) for text, images in asked]
-    outputs = model.generate_batch(prepared, GenerationParams(max_new_tokens=8, ignore_eos=True))
+    outputs = model.generate(prepared, params=GenerationParams(max_new_tokens=8, ignore_eos=True))
     outputs += [model.generate("What is it?", [LARGE], max_new_tokens=6, ignore_eos=True, **given) for given in SAMPLED]
     outputs.append(model.generate("one two three one two", max_new_tokens=8, ignore_eos=True))
     ids = prepared[0].input_ids

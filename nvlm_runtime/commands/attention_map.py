@@ -1,4 +1,4 @@
-"""`nvlm look`: an answer, and where in the pictures the model read while it wrote it."""
+"""`nvlm attention-map`: an answer, and the attention of its tokens to the images."""
 
 import argparse
 import json
@@ -19,18 +19,18 @@ def run(args: argparse.Namespace) -> int:
     *images, prompt = args.words
     params = GenerationParams(max_new_tokens=args.max_new_tokens)
     if not images:
-        raise ValueError("nvlm look needs a picture before the question")
+        raise ValueError("nvlm attention-map needs an image before the question")
     if args.png:
         check_drawing(args.png)
     model = load_model(args)
     pictures = [open_image(image) for image in images]
     prepared = model.prepare(prompt, pictures, style=args.style)
-    stream = model.complete(prepared, params)
+    stream = model.stream(prepared, params=params)
     for _ in stream:
         pass
     output = stream.output
     if not output.token_ids:
-        raise ValueError("the answer has no token, so nothing was looked at")
+        raise ValueError("the answer has no token, so there is no attention to show")
     tokens = [model.tokenizer.decode([token]) for token in output.token_ids]
     if args.token is not None and not 1 <= args.token <= len(tokens):
         raise ValueError(f"--token must be from 1 to {len(tokens)}, the answer's tokens, got {args.token}")
