@@ -76,12 +76,8 @@ class Options:
             native = False
         elif native == "auto":
             weight = next(model.parameters())
-            native = (
-                is_available()
-                and model.group.size == 1
-                and weight.device.type == "cpu"
-                and weight.dtype in NATIVE_DTYPES
-            )
+            fits = weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES
+            native = fits and model.group.size == 1 and is_available()
         found = load_library(None if self.cache_folder is None else Path(self.cache_folder)) if native else None
         if self.speculate and (self.graphs or (self.deterministic and found is None)):
             raise ValueError(
