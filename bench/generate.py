@@ -37,7 +37,7 @@ from nvlm_runtime.analysis.profile import check_matplotlib
 from nvlm_runtime.checkpoint.bundled import BUNDLED
 from nvlm_runtime.commands.loading import scheme_of_words
 from nvlm_runtime.config import VARIANTS
-from nvlm_runtime.engine.handle import ImageHandle
+from nvlm_runtime.engine.images import ImageHandle
 from nvlm_runtime.engine.slots import cache_bytes
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.image import open_image, plan_tiles

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nvlm_runtime.engine.handle import ImageHandle
+    from nvlm_runtime.engine.images import ImageHandle
     from nvlm_runtime.engine.nvlm import NVLM
     from nvlm_runtime.engine.request import Output, PreparedPrompt
     from nvlm_runtime.engine.sampling import GenerationParams
@@ -26,7 +26,7 @@ _MODULES = {
     "Engine": "serving",
     "EngineStopped": "serving",
     "GenerationParams": "sampling",
-    "ImageHandle": "handle",
+    "ImageHandle": "images",
     "Output": "request",
     "PreparedPrompt": "request",
     "QueueFull": "serving",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvlm_runtime.engine.encoder import ImageEncoder
+from nvlm_runtime.engine.images import ImageEncoder
 from nvlm_runtime.engine.in_flight import Flight
 from nvlm_runtime.engine.request import Request
 from nvlm_runtime.engine.sampling import Draw

@@ -25,13 +25,12 @@ from nvlm_runtime.checkpoint.lora import merge_lora as merge_adapters
 from nvlm_runtime.checkpoint.weights import Progress, checkpoint_digest, load
 from nvlm_runtime.engine.batch import Batch
 from nvlm_runtime.engine.compiles import CompileWatch
-from nvlm_runtime.engine.encoder import ImageEncoder
 from nvlm_runtime.engine.generator import Images, Message, Question, TextGenerator, TextStream
 from nvlm_runtime.engine.graphs import GraphStages
-from nvlm_runtime.engine.handle import ImageCache, ImageHandle, image_key
+from nvlm_runtime.engine.images import ImageCache, ImageEncoder, ImageHandle, ImageInput, image_key
 from nvlm_runtime.engine.native import use_library
 from nvlm_runtime.engine.options import DtypeOption, NativeOption, Options, device_of, dtype_of
-from nvlm_runtime.engine.request import PHASES, ImageInput, Output, PreparedPrompt, Request, check_ids
+from nvlm_runtime.engine.request import PHASES, Output, PreparedPrompt, Request, check_ids
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.slots import Slots
 from nvlm_runtime.engine.stages import Stages

@@ -2,14 +2,14 @@
 
 import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
-from nvlm_runtime.engine.handle import ImageHandle
+from nvlm_runtime.engine.images import ImageInput
 from nvlm_runtime.engine.ngram import NgramIndex
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.step_bytes import StepBytes
@@ -18,23 +18,6 @@ from nvlm_runtime.inputs.layout import Layout
 from nvlm_runtime.inputs.tokenizer import Detokenizer
 
 PHASES = ("tile", "encode", "project", "prefill")  # what a row times itself, before it decodes
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """One image of a request. key: names its content and plan. pixels: waits for its tiles; unused with a handle."""
-
-    plan: TilePlan
-    key: str
-    pixels: Callable[[], Tensor] | None
-    handle: ImageHandle | None = None
-
-    @property
-    def pixel_values(self) -> Tensor:
-        """Its tiles, fp32 [N, 3, S, S]. ValueError where only a handle was given."""
-        if self.pixels is None:
-            raise ValueError("the image was given as a handle, which has no pixels")
-        return self.pixels()
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from nvlm_runtime.engine.handle import image_key
+from nvlm_runtime.engine.images import ImageInput, image_key
 from nvlm_runtime.engine.nvlm import NVLM
-from nvlm_runtime.engine.request import ImageInput, PreparedPrompt
+from nvlm_runtime.engine.request import PreparedPrompt
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.micro.document import GRIDS, draw, make_document
 from nvlm_runtime.micro.questions import questions

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nvlm_runtime.engine.handle import ImageCache, ImageHandle
+from nvlm_runtime.engine.images import ImageCache, ImageHandle
 from tests.engine.test_batch import LARGE, SMALL, fresh, vars_of
 from tests.model.test_model import picture
 from tests.small import small_engine

@@ -1,0 +1,248 @@
+"""Images on their way to the decoder: the handle of an image, its file, the cache of handles, and the encoder.
+
+A handle is what the decoder needs of one image, computed once: its tokens, and its keys and values for
+cross-attention. It stands wherever an image may, in any prompt. It belongs to the weights that made it, which its
+fingerprint names.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.profiler import record_function
+
+from nvlm_runtime.engine.stages import Stages
+from nvlm_runtime.inputs.image import TilePlan
+from nvlm_runtime.inputs.layout import ImageLayout
+from nvlm_runtime.model.cache import CrossKV
+from nvlm_runtime.model.model import NVLMModel
+
+FORMAT = "nvlm-image-handle-1"
+
+
+@dataclass(frozen=True)
+class ImageHandle:
+    """tokens: [N, P, C], thumbnail last. kv: [gated layers, 1, S, Hkv, D], as for the first image of a prompt, or None
+    in NVLM-D. key: names the picture's content and plan. fingerprint: names the weights.
+    """
+
+    plan: TilePlan
+    key: str
+    fingerprint: str
+    tokens: Tensor
+    kv: CrossKV | None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.tokens, *((self.kv.k, self.kv.v) if self.kv else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, written under another name and renamed when it is whole."""
+        path = Path(path)
+        tensors = {"tokens": self.tokens.contiguous()}
+        if self.kv is not None:
+            tensors |= {"k": self.kv.k.contiguous(), "v": self.kv.v.contiguous()}
+        digest = _digest(tensors)
+        metadata = {
+            "format": FORMAT,
+            "plan": json.dumps(asdict(self.plan)),
+            "key": self.key,
+            "fingerprint": self.fingerprint,
+            "sha256": digest,
+        }
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> "ImageHandle":
+        """Raises FileNotFoundError, or ValueError for a file that is no handle or was damaged."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"image handle {str(path)!r} does not exist")
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not an image handle, or is damaged: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not an image handle: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        if metadata.get("sha256") != _digest(tensors):
+            raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        kv = CrossKV(tensors["k"], tensors["v"]) if "k" in tensors else None
+        plan = TilePlan(**json.loads(metadata["plan"]))
+        return ImageHandle(plan, metadata["key"], metadata["fingerprint"], tensors["tokens"], kv)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """One image of a request. key: names its content and plan. pixels: waits for its tiles; unused with a handle."""
+
+    plan: TilePlan
+    key: str
+    pixels: Callable[[], Tensor] | None
+    handle: ImageHandle | None = None
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """Its tiles, fp32 [N, 3, S, S]. ValueError where only a handle was given."""
+        if self.pixels is None:
+            raise ValueError("the image was given as a handle, which has no pixels")
+        return self.pixels()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(model: NVLMModel) -> str:
+    """Names the weights an image goes through: the config, and both ends of every one of their tensors."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if parts[0] in ("vision_model", "mlp1") or {"k_proj", "v_proj", "embed_tokens"} & set(parts):
+            flat = tensor.reshape(-1)
+            ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(ends.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def image_key(pixels: bytes, plan: TilePlan) -> str:
+    """Names a decoded RGB picture, cut by a plan."""
+    return hashlib.sha256(repr(plan).encode() + pixels).hexdigest()
+
+
+class ImageCache:
+    """The handles used last, up to `max_bytes` of them; 0 keeps none. Not for several threads at once."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._handles: OrderedDict[str, ImageHandle] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def get(self, key: str) -> ImageHandle | None:
+        if key in self._handles:
+            self._handles.move_to_end(key)
+        return self._handles.get(key)
+
+    def put(self, handle: ImageHandle) -> None:
+        if handle.nbytes > self.max_bytes or handle.key in self._handles:
+            return
+        self._handles[handle.key] = handle
+        self.nbytes += handle.nbytes
+        while self.nbytes > self.max_bytes:
+            _, oldest = self._handles.popitem(last=False)
+            self.nbytes -= oldest.nbytes
+
+    def clear(self) -> None:
+        self._handles.clear()
+        self.nbytes = 0
+
+
+class ImageEncoder:
+    """stages: of the model. cache: the handles that are kept, until a weight changes in place. Any thread may call it,
+    one encodes at a time.
+    """
+
+    def __init__(self, stages: Stages, cache: ImageCache):
+        self.stages, self.cache = stages, cache
+        self.model = stages.model
+        self._lock = threading.RLock()
+        self._version, self._fingerprint = -1, ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights as they are now."""
+        with self._lock:
+            version = self.model.version
+            if version != self._version:
+                self._version, self._fingerprint = version, fingerprint(self.model)
+                self.cache.clear()
+            return self._fingerprint
+
+    def cached(self, key: str) -> ImageHandle | None:
+        with self._lock:
+            return self.cache.get(key) if self.fingerprint else None
+
+    def handle(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+        """A picture's handle, from the cache or computed now; adds to timings' tile, encode and project seconds."""
+        if picture.handle is not None:
+            return picture.handle
+        with self._lock:
+            found = self.cached(picture.key)
+            if found is None:
+                found = self._encode(picture, image, timings)
+                self.cache.put(found)
+            return found
+
+    def keys_values(self, handle: ImageHandle, image: ImageLayout) -> CrossKV:
+        """A handle's keys and values where the layout has put them: their positions may count from another image's."""
+        if image.first_key_position == 0 or self.model.config.cross.positions == "none":
+            return handle.kv
+        return self._keys_values(handle.tokens, image)
+
+    @torch.inference_mode()
+    def _encode(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+        weight = self.model.language_model.embed_tokens.weight
+        times = [time.perf_counter()]
+        with record_function("nvlm.tile"):
+            pixel_values = picture.pixel_values.to(weight.device, weight.dtype)
+        times.append(time.perf_counter())
+        features = self.stages.encode(pixel_values)
+        del pixel_values
+        self._wait(features.patches)
+        times.append(time.perf_counter())
+        tokens = self.stages.project(features)
+        kv = self._keys_values(tokens, replace(image, first_key_position=0)) if self.model.config.cross else None
+        self._wait(tokens)
+        times.append(time.perf_counter())
+        for stage, began, ended in zip(("tile", "encode", "project"), times, times[1:]):
+            timings[stage] += ended - began
+        return ImageHandle(picture.plan, picture.key, self.fingerprint, tokens, kv)
+
+    @torch.inference_mode()
+    def from_embeds(self, image_embeds: torch.Tensor, plan: TilePlan, image: ImageLayout) -> ImageHandle:
+        """A handle of image tokens [N, P, C] computed elsewhere. ValueError for another shape."""
+        config, weight = self.model.config, self.model.language_model.embed_tokens.weight
+        shape = (plan.num_tiles, config.tokens_per_tile, config.text.hidden_size)
+        if image_embeds.shape != shape:
+            raise ValueError(f"image_embeds must be [N, P, C] = {list(shape)}, got {list(image_embeds.shape)}")
+        tokens = image_embeds.to(weight.device, weight.dtype)
+        kv = self._keys_values(tokens, replace(image, first_key_position=0)) if config.cross else None
+        raw = tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return ImageHandle(plan, image_key(raw, plan), self.fingerprint, tokens, kv)
+
+    def _keys_values(self, tokens: torch.Tensor, image: ImageLayout) -> CrossKV:
+        with record_function("nvlm.project"):
+            embeds = self.model.key_embeds(image, tokens)[None]
+            return self.model.language_model.cross_kv(embeds, image.key_positions.to(embeds.device))
+
+    @staticmethod
+    def _wait(tensor: torch.Tensor) -> None:
+        """So that a stage's time is its own."""
+        if tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
