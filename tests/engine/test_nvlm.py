@@ -1,5 +1,7 @@
 """Streaming, endings, exact ids, and every refusal, on small random models."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
@@ -207,3 +209,30 @@ def test_conversation_goes_on(engine):
     prepared = engine.prepare(messages=turns, images=[IMAGE])
     assert len(prepared.layout.images[0].placeholders) == 28
     assert engine.tokenizer.decode(prepared.input_ids).endswith("A <image>user\nAnd?assistant\n")
+
+
+def test_astream_gives_the_pieces_of_stream_and_may_be_left(engine):
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+
+    async def whole() -> str:
+        return "".join([piece async for piece in engine.astream("What?", **options)])
+
+    async def left() -> None:
+        async for _ in engine.astream("What?", max_new_tokens=200, ignore_eos=True):
+            break
+
+    asyncio.run(left())
+    assert asyncio.run(whole()) == engine.generate("What?", **options).text
+    with pytest.raises(ValueError, match="astream takes one prompt"):
+        engine.astream(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"dtype": "int8"}, "dtype must be auto, .*got 'int8'"), ({"native": None}, "native must be True, False")],
+    ids=["dtype", "native"],
+)
+def test_load_refuses_wrong_options(option, message):
+    with pytest.raises(ValueError, match=message):
+        NVLM.load("micro-d", **option)
+    assert NVLM.load("micro-d", dtype="bfloat16", device="cpu", native=False).dtype == torch.bfloat16
