@@ -34,7 +34,7 @@ MARGIN = 1.2  # a core of one kind or the other is never this near to the bounda
 @cache
 def fp32_is_faster() -> bool:
     """Whether this machine multiplies fp32 matrices faster than bf16 ones: the best of five of each, in turn."""
-    seconds = {}
+    seconds: dict[torch.dtype, float] = {}
     with torch.no_grad():
         sides = {dtype: torch.ones(2, 512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
         for _ in range(5):

@@ -24,6 +24,12 @@ ROWS = 4096  # made dense at a time
 class Int8Linear(nn.Module):
     """Buffers: weight int8 [L, K], scale fp32 [L], bias [L] or None; of a linear's shapes, to be filled."""
 
+    in_features: int
+    out_features: int
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -53,6 +59,12 @@ class Int4Linear(nn.Module):
     32 (l // 4) + 4 j + l % 4, plus 8, so that a lane's weights share a scale; scale bf16 [L, 4 blocks]; bias [L] or
     None. A last block that K does not fill holds zeros. Of a linear's shapes, to be filled.
     """
+
+    in_features: int
+    out_features: int
+    nibbles: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
