@@ -168,3 +168,11 @@ def test_every_module_of_the_rooms_is_named():
     text = ARCHITECTURE.read_text()
     modules = {p.stem for p in (ROOT / "nvlm_runtime").glob("*/*.py")} - {"__init__"}
     assert not {name for name in modules if f"`{name}`" not in text}
+
+
+@pytest.mark.parametrize("package", ["nvlm_kernels", "nvlm_runtime"])
+def test_words_of_the_code_are_plain(package):
+    old = re.compile(r"\btold\b|behind 1|not to be had|\bas of [A-Z]")
+    files = [path for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".h", ".cpp")]
+    lines = [(str(path.relative_to(ROOT)), line) for path in files for line in path.read_text().splitlines()]
+    assert not [(path, line) for path, line in lines if old.search(line)]
