@@ -75,7 +75,7 @@ def _words(rng: random.Random, num: int) -> str:
     return text[:num].strip()
 
 
-def write_rows(folder: Path, num: int, all_pictures: bool, seed: int = 0) -> Path:
+def write_records(folder: Path, num: int, all_pictures: bool, seed: int = 0) -> Path:
     """`num` conversations of log-normal length; pictures of six tiles to all, or of one to six to six in ten."""
     rng, lines = random.Random(seed), []
     for number in range(num):
@@ -114,7 +114,7 @@ def measure(
     load = os.getloadavg()[0]  # of a minute before: who else was at work
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = write_rows(folder, 4 * documents, all_pictures=part != "loop")
+        rows = write_records(folder, 4 * documents, all_pictures=part != "loop")
         contestants = {}
         for name in packed:
             made = variant if part == "loop" else name

@@ -34,7 +34,7 @@ from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.documents import Document, make_document
 from nvlm_runtime.training.packing import pack
 from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.records import JsonLines
 from nvlm_runtime.training.trainer import Trainer
 
 LETTERS = 1600  # of a page, from its beginning: about 400 tokens

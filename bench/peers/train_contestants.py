@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from bench.setup.resident import peak_bytes, resident_bytes
 from nvlm_runtime.training.documents import IGNORE
-from nvlm_runtime.training.packing import Packed
+from nvlm_runtime.training.packing import PackedBatch
 from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
 from nvlm_runtime.training.source import AHEAD, Source
 from nvlm_runtime.training.trainer import Trainer
@@ -27,14 +27,14 @@ Figures = dict[str, Any]
 class Seen(Source):
     """A source that keeps its last batch, to be asked what was in it."""
 
-    last: Packed | None = None
+    last: PackedBatch | None = None
 
-    def __next__(self) -> Packed:
+    def __next__(self) -> PackedBatch:
         self.last = super().__next__()
         return self.last
 
 
-def digests(batch: Packed) -> dict[str, str]:
+def digests(batch: PackedBatch) -> dict[str, str]:
     """Of a batch's documents, however they lie in rows: `texts` of tokens and what is learnt, `pictures` of tiles."""
     texts, pictures = [], []
     for row, spans in enumerate(batch.documents):

@@ -19,7 +19,7 @@ from nvlm_runtime.inputs.image import TilePlan, open_image, plan_tiles, tile_pix
 from nvlm_runtime.inputs.layout import Layout, layout_prompt
 from nvlm_runtime.inputs.prompt import build_prompt
 from nvlm_runtime.inputs.tokenizer import Tokenizer
-from nvlm_runtime.training.rows import BadRow, DataRow
+from nvlm_runtime.training.records import BadRecord, Record
 
 IGNORE = -100
 TILE_LIMITS = (12, 8, 6, 4, 2, 1)
@@ -42,31 +42,31 @@ class Document:
         return len(self.input_ids)
 
     def pixel_values(self) -> Tensor:
-        """Tiles fp32 [N, 3, S, S] of all images, in order. Raises BadRow for a picture that cannot be read."""
+        """Tiles fp32 [N, 3, S, S] of all images, in order. Raises BadRecord for a picture that cannot be read."""
         try:
             tiles = [tile_pixels(open_image(path), plan) for path, plan in self.images]
         except (ValueError, OSError) as error:
-            raise BadRow(f"{self.where}: {error}") from error
+            raise BadRecord(f"{self.where}: {error}") from error
         return torch.cat(tiles)
 
 
 def make_document(
-    row: DataRow, tokenizer: Tokenizer, config: NVLMConfig, seq_len: int, style: str, task: str, log: Log
+    row: Record, tokenizer: Tokenizer, config: NVLMConfig, seq_len: int, style: str, task: str, log: Log
 ) -> Document:
-    """Raises BadRow, with file and line, where the row is no prompt or, with the fewest tiles, longer than seq_len."""
+    """Raises BadRecord, with file and line, where the row is no prompt or, with the fewest tiles, longer than seq_len."""
     sizes = [_size(path, row.where) for path in row.images]
     for limit in (config.max_tiles, *(limit for limit in TILE_LIMITS if limit < config.max_tiles)):
         plans = [plan_tiles(*size, config.vision.image_size, min(config.min_tiles, limit), limit) for size in sizes]
         try:
             prompt = build_prompt(tokenizer, config, row.messages, plans, style=style, generation=False)
         except ValueError as error:
-            raise BadRow(f"{row.where}: {error}") from error
+            raise BadRecord(f"{row.where}: {error}") from error
         if len(prompt.input_ids) - 1 <= seq_len or not row.images:
             break
     ids = prompt.input_ids
     if len(ids) - 1 > seq_len:
         fewest = ", with the fewest tiles" if row.images else ""
-        raise BadRow(f"{row.where}: {len(ids) - 1} tokens, more than a row's {seq_len}{fewest}")
+        raise BadRecord(f"{row.where}: {len(ids) - 1} tokens, more than a row's {seq_len}{fewest}")
     if row.images and limit < config.max_tiles:
         log(f"{row.where}: at most {limit} tiles a picture, so that it fits into {seq_len} tokens")
     labels = [IGNORE] * len(ids)
@@ -84,5 +84,5 @@ def _size(path: Path, where: str) -> tuple[int, int]:
             width, height = picture.size
             turned = picture.getexif().get(0x0112, 1) >= 5
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRow(f"{where}: {path} is no picture that can be read: {error}") from error
+        raise BadRecord(f"{where}: {path} is no picture that can be read: {error}") from error
     return (height, width) if turned else (width, height)

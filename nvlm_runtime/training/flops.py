@@ -8,21 +8,21 @@ Source: PaLM (arXiv 2204.02311) appendix B, "model FLOPs utilization".
 
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.documents import IGNORE
-from nvlm_runtime.training.packing import Packed
+from nvlm_runtime.training.packing import PackedBatch
 
 NO_PRODUCT = ("embed_tokens.", "class_embedding", "position_embedding")  # looked up or added
 
 
-def step_flops(model: NVLMModel, batch: Packed) -> int:
+def step_flops(model: NVLMModel, batch: PackedBatch) -> int:
     """Of one micro-batch, forward and backward; of a group a rank's own share."""
     return linear_flops(model, batch) + attention_flops(model, batch)
 
 
-def _tiles(batch: Packed) -> int:
+def _tiles(batch: PackedBatch) -> int:
     return sum(len(tiles) for tiles in batch.pixel_values)
 
 
-def _encoded(model: NVLMModel, batch: Packed) -> int:
+def _encoded(model: NVLMModel, batch: PackedBatch) -> int:
     """Tiles that this rank encodes."""
     return -(-_tiles(batch) // model.vision_model.tile_group.size)
 
@@ -31,7 +31,7 @@ def vision_learns(model: NVLMModel) -> bool:
     return any(parameter.requires_grad for parameter in model.vision_model.parameters())
 
 
-def linear_flops(model: NVLMModel, batch: Packed) -> int:
+def linear_flops(model: NVLMModel, batch: PackedBatch) -> int:
     """Products with weights."""
     vision, tiles = model.config.vision, _encoded(model, batch)
     keys = sum(layout.cross_length for layout in batch.layouts)
@@ -59,7 +59,7 @@ def linear_flops(model: NVLMModel, batch: Packed) -> int:
     return found
 
 
-def attention_flops(model: NVLMModel, batch: Packed) -> int:
+def attention_flops(model: NVLMModel, batch: PackedBatch) -> int:
     """Queries with keys, and weights with values: of the vision encoder, of the decoder's tokens, of what they see of
     images.
     """

@@ -10,7 +10,7 @@ from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training.flops import vision_learns
 from nvlm_runtime.training.loss import token_loss
-from nvlm_runtime.training.packing import Packed
+from nvlm_runtime.training.packing import PackedBatch
 
 
 class Objective(nn.Module):
@@ -34,9 +34,9 @@ class Objective(nn.Module):
         with torch.set_grad_enabled(vision_learns(self.model)):
             return self.model.encode(tiles.to(weight.device, weight.dtype))
 
-    def forward(self, batch: Packed, loss_rows: int) -> Tensor:
+    def forward(self, batch: PackedBatch, loss_rows: int) -> Tensor:
         if self.evenly:
-            batch = with_unseen_picture(self.model, batch)
+            batch = with_unseen_image(self.model, batch)
             together = self.features(torch.cat(batch.pixel_values))
             features = together.split([len(tiles) for tiles in batch.pixel_values])
         else:
@@ -47,7 +47,7 @@ class Objective(nn.Module):
         return token_loss(self.model.language_model, hidden, labels, loss_rows)
 
 
-def with_unseen_picture(model: NVLMModel, batch: Packed) -> Packed:
+def with_unseen_image(model: NVLMModel, batch: PackedBatch) -> PackedBatch:
     """The batch; where it holds no picture, with one of one black tile in its first row, which no row's interval
     reaches and which has no slot.
     """

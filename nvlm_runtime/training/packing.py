@@ -20,7 +20,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """One micro-batch.
 
     input_ids, labels: int64 [B, T], padded on the right with 0 and IGNORE; labels are shifted by one already.
@@ -45,7 +45,7 @@ class Packed:
         return sum(end - start for row in self.documents for start, end in row)
 
 
-def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+def fill_sequences(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Documents' numbers, a row: each goes into the first row that has room for it, the longest first."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -62,7 +62,7 @@ def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
 
 def pack(
     rows: Sequence[Sequence[tuple[Document, "Future[Tensor] | None"]]], config: NVLMConfig, length: int | None = None
-) -> Packed:
+) -> PackedBatch:
     """Rows of documents and their tiles to come. length: of the rows; the longest one's where it is None."""
     size = config.vision.image_size
     length = length or max(sum(len(document) for document, _ in row) for row in rows)
@@ -84,4 +84,4 @@ def pack(
         pixel_values.append(torch.cat(tiles))
     layouts = (pack_layouts([document.layout for document, _ in row]) for row in rows)
     tasks = (tuple(document.task for document, _ in row) for row in rows)
-    return Packed(ids, labels, tuple(spans), tuple(layouts), tuple(pixel_values), tuple(tasks))
+    return PackedBatch(ids, labels, tuple(spans), tuple(layouts), tuple(pixel_values), tuple(tasks))

@@ -21,8 +21,8 @@ from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.inputs.layout import shuffle_tiles
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.training.documents import Document, Log, make_document
-from nvlm_runtime.training.packing import Packed, fill_rows, pack
-from nvlm_runtime.training.rows import BadRow, JsonLines
+from nvlm_runtime.training.packing import PackedBatch, fill_sequences, pack
+from nvlm_runtime.training.records import BadRecord, JsonLines
 
 AHEAD = 2  # batches that wait for the step
 THREADS = 2  # that cut tiles; one more makes batches of them
@@ -44,7 +44,7 @@ class Source:
     states are the same then. rows: a batch; seq_len: tokens of a row. packed: several documents a row, or one.
     shuffled_tiles: the share of documents that `shuffle_tiles` changes. window: documents that are packed together.
     skip_bad: a row that cannot be learnt from is told to `log` and counted in `num_bad`; otherwise it ends the stream
-    with BadRow. state: of `state()`, to go on from there. waited: seconds that `next` had to wait.
+    with BadRecord. state: of `state()`, to go on from there. waited: seconds that `next` had to wait.
     Raises ValueError for weights that are not positive and where no row of a whole window can be learnt from.
     """
 
@@ -77,7 +77,7 @@ class Source:
         if len(self._state["read"]) != len(datasets):
             raise ValueError(f"the state is of {len(self._state['read'])} datasets, the blend has {len(datasets)}")
         self._orders: dict[tuple[int, int], array] = {}
-        self._queue: Queue[tuple[Packed, dict[str, Any]] | BaseException] = Queue(AHEAD)
+        self._queue: Queue[tuple[PackedBatch, dict[str, Any]] | BaseException] = Queue(AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(dict(self._state),), daemon=True)
         self._thread.start()
@@ -91,11 +91,11 @@ class Source:
         """Rows that were skipped."""
         return self._state["num_bad"]
 
-    def __iter__(self) -> Iterator[Packed]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         return self
 
-    def __next__(self) -> Packed:
-        """Raises BadRow, and what else the threads ended with."""
+    def __next__(self) -> PackedBatch:
+        """Raises BadRecord, and what else the threads ended with."""
         began = time.perf_counter()
         found = self._queue.get()
         self.waited += time.perf_counter() - began
@@ -134,7 +134,7 @@ class Source:
 
     def _batches(
         self, state: dict[str, Any], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[Packed | None, dict[str, Any]]]:
+    ) -> Iterator[tuple[PackedBatch | None, dict[str, Any]]]:
         """Every batch of the stream, None in place of another reader's, and where it ends."""
         number, skip, read = state["window"], state["given"], list(state["read"])
         num_bad, turn, (index, readers) = state["num_bad"], 0, self.share
@@ -144,7 +144,7 @@ class Source:
             if not documents:
                 raise ValueError(f"none of {self.window} rows can be learnt from: see the log")
             lengths = [len(document) for document in documents]
-            packed = fill_rows(lengths, self.seq_len) if self.packed else [[i] for i in range(len(documents))]
+            packed = fill_sequences(lengths, self.seq_len) if self.packed else [[i] for i in range(len(documents))]
             random.Random(f"rows {self.seed} {number}").shuffle(packed)
             groups = [packed[i : i + self.rows] for i in range(0, len(packed), self.rows)]
             cut: dict[int, Future[Tensor]] = {}
@@ -182,7 +182,7 @@ class Source:
                 if shuffler.random() < self.shuffled_tiles:
                     document = replace(document, layout=shuffle_tiles(self.config, document.layout, shuffler))
                 found.append(document)
-            except BadRow as error:
+            except BadRecord as error:
                 if not self.skip_bad:
                     raise
                 bad += 1

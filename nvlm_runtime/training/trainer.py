@@ -34,9 +34,9 @@ from nvlm_runtime.training.documents import IGNORE
 from nvlm_runtime.training.flops import step_flops
 from nvlm_runtime.training.objective import Objective
 from nvlm_runtime.training.optimizer import Optimizer
-from nvlm_runtime.training.packing import Packed
+from nvlm_runtime.training.packing import PackedBatch
 from nvlm_runtime.training.recipe import Recipe
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.records import JsonLines
 from nvlm_runtime.training.source import Dataset, Source
 
 METRICS = "metrics.jsonl"
@@ -190,7 +190,7 @@ class Trainer:
         """All steps that are left, then the model into the run's folder. Returns 0, or 128 + the signal that stopped
         it: SIGTERM and Ctrl-C end the run after the step they came in, with a checkpoint.
 
-        show: told of every step. Raises ValueError where loss or gradients are not finite, and BadRow; the
+        show: told of every step. Raises ValueError where loss or gradients are not finite, and BadRecord; the
         steps before are in a checkpoint then. RuntimeError where another rank is gone: the last checkpoint is the one
         before.
         """
@@ -335,7 +335,7 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _counts(batch: Packed) -> tuple[int, int, int, int]:
+def _counts(batch: PackedBatch) -> tuple[int, int, int, int]:
     """Learnt tokens, documents, tokens, tiles."""
     tiles = sum(map(len, batch.pixel_values))
     return int((batch.labels != IGNORE).sum()), batch.num_documents, batch.num_tokens, tiles

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from bench.experiments import text_only
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.records import JsonLines
 from tests.checkpoint.backbones import save_text_model, text_model
 
 

@@ -17,8 +17,8 @@ from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.training import documents
 from nvlm_runtime.training.loss import token_loss
-from nvlm_runtime.training.packing import Packed, pack
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.packing import PackedBatch, pack
+from nvlm_runtime.training.records import JsonLines
 from tests.conftest import CUDA
 
 pytestmark = pytest.mark.skipif(not (INTERPRET or CUDA), reason="no Triton here: both paths would be the reference")
@@ -60,7 +60,7 @@ def test_projector_is_given_its_statistics(variant, memory, device):
         torch.testing.assert_close(tokens, model.project(Features(features.patches)))
 
 
-def batch_of(engine: NVLM, folder: Path) -> Packed:
+def batch_of(engine: NVLM, folder: Path) -> PackedBatch:
     """The document and its question twice in a row of tokens, as training packs them."""
     draw(DOCUMENT).save(folder / "page.png")
     (folder / "rows.jsonl").write_text(row("page.png", [QUESTION]))
@@ -71,7 +71,7 @@ def batch_of(engine: NVLM, folder: Path) -> Packed:
     return pack([[(document, tiles), (document, tiles)]], engine.config)
 
 
-def gradients(model: NVLMModel, batch: Packed) -> dict[str, torch.Tensor]:
+def gradients(model: NVLMModel, batch: PackedBatch) -> dict[str, torch.Tensor]:
     """Of one training step on all parameters, tower included."""
     weight = next(model.parameters())
     features = [model.encode(tiles.to(weight)) for tiles in batch.pixel_values]

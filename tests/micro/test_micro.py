@@ -30,7 +30,7 @@ from nvlm_runtime.micro.train import Sizes, shared_tower, train_micro
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model.vision import InternViT
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.records import JsonLines
 from nvlm_runtime.training.trainer import Trainer
 
 

@@ -5,7 +5,7 @@ SOURCE, FSDP = "nvlm_runtime/training/source.py", "nvlm_runtime/training/fsdp.py
 CHECKPOINT, LOSS = "nvlm_runtime/training/checkpoint.py", "nvlm_runtime/training/loss.py"
 MUTATIONS = [
     (FSDP, "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)", "gradients are a mean over ranks"),
-    (OBJECTIVE, "batch = with_unseen_picture(self.model, batch)", "pass", "ranks without a picture leave modules out"),
+    (OBJECTIVE, "batch = with_unseen_image(self.model, batch)", "pass", "ranks without a picture leave modules out"),
     (TRAINER, "share=(mesh.data.rank, mesh.data.size),", "", "data-parallel ranks learn from the same rows"),
     (TRAINER, "total = data.all_reduce(total).item()", "total = total.item()", "a rank's own loss is told"),
     (SOURCE, "if number % self.share[1] < self.share[1] - 1:", "if False:", "a rank's batch comes again"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from nvlm_runtime.checkpoint.weights import save
 from nvlm_runtime.model.model import NVLMModel
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.records import JsonLines
 from nvlm_runtime.training.source import Dataset
 from tests.model.test_model import picture
 from tests.small import CONFIGS, micro_tokenizer, randomise
@@ -20,7 +20,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+def write_records(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
@@ -36,7 +36,7 @@ def write_data(folder: Path, count: int = 14) -> tuple[Path, Path]:
         rows.append({"id": i, "image": f"{i}.png", "conversations": turns(*said)})
     rows.append({"image": ["0.png", "1.png"], "conversations": turns("<image> and <image>: the same?", "No.")})
     text = [{"conversations": turns(f"Say {i}.", str(i))} for i in range(count)]
-    return write_rows(folder / "seen.jsonl", rows), write_rows(folder / "text.jsonl", text)
+    return write_records(folder / "seen.jsonl", rows), write_records(folder / "text.jsonl", text)
 
 
 def datasets(folder: Path) -> list[Dataset]:

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from nvlm_runtime.training.documents import IGNORE, make_document
-from nvlm_runtime.training.packing import fill_rows
-from nvlm_runtime.training.rows import BadRow, JsonLines
+from nvlm_runtime.training.packing import fill_sequences
+from nvlm_runtime.training.records import BadRecord, JsonLines
 from nvlm_runtime.training.source import Dataset, Source
 from tests.inputs.qwen import qwen_tokenizer
 from tests.model.test_model import picture
 from tests.small import CONFIGS, micro_tokenizer
-from tests.training.data import datasets, turns, write_data, write_rows
+from tests.training.data import datasets, turns, write_data, write_records
 
 
 def document(folder, row, variant="d", tokenizer=None, seq_len=1000, style="hf", log=print):
-    rows = JsonLines(write_rows(folder / "one.jsonl", [row]))
+    rows = JsonLines(write_records(folder / "one.jsonl", [row]))
     return make_document(rows[0], tokenizer or micro_tokenizer(), CONFIGS[variant], seq_len, style, "task", log)
 
 
@@ -69,7 +69,7 @@ def test_tiles_are_lowered_until_a_row_fits(tmp_path):
     two = document(tmp_path, row, seq_len=len(shorter) - 1)
     one = document(tmp_path, row, seq_len=len(two) - 1)
     assert [made.images[0][1].num_tiles for made in (two, one)] == [3, 1]
-    with pytest.raises(BadRow, match=r"one.jsonl, line 1: \d+ tokens, more than a row's 20, with the fewest tiles"):
+    with pytest.raises(BadRecord, match=r"one.jsonl, line 1: \d+ tokens, more than a row's 20, with the fewest tiles"):
         document(tmp_path, row, seq_len=20)
 
 
@@ -95,13 +95,13 @@ def test_a_bad_row_says_where_and_why(tmp_path, row, said):
     seen, _ = write_data(tmp_path, 4)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     good = seen.read_text().splitlines()
-    write_rows(seen, ["", *good[:2], row, *good[2:]])
+    write_records(seen, ["", *good[:2], row, *good[2:]])
     source = Source([Dataset("seen", JsonLines(seen))], micro_tokenizer(), CONFIGS["d"], rows=1, seq_len=400, window=8)
-    with pytest.raises(BadRow) as raised:
+    with pytest.raises(BadRecord) as raised:
         for _ in range(9):
             next(source)
     assert str(raised.value).startswith(f"{seen}, line 4: ") and said in str(raised.value)
-    with pytest.raises(BadRow):
+    with pytest.raises(BadRecord):
         next(source)
     source.close()
     told = []
@@ -118,15 +118,15 @@ def test_a_picture_that_breaks_off_is_found_in_the_thread(tmp_path):
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
     source = Source([Dataset("seen", JsonLines(seen))], micro_tokenizer(), CONFIGS["d"], rows=1, seq_len=400)
-    with pytest.raises(BadRow, match=r"seen.jsonl, line 3: .*2\.png"):
+    with pytest.raises(BadRecord, match=r"seen.jsonl, line 3: .*2\.png"):
         for _ in range(50):
             next(source)
     source.close()
 
 
 def test_rows_are_filled_longest_first():
-    assert fill_rows([3, 9, 4, 2, 6], 10) == [[1], [2, 4], [0, 3]]
-    rows = fill_rows([5] * 7, 10)
+    assert fill_sequences([3, 9, 4, 2, 6], 10) == [[1], [2, 4], [0, 3]]
+    rows = fill_sequences([5] * 7, 10)
     assert [len(row) for row in rows] == [2, 2, 2, 1]
 
 
@@ -187,7 +187,7 @@ def test_refuses_an_empty_blend_and_another_state(tmp_path):
         Source([], micro_tokenizer(), CONFIGS["d"], rows=1, seq_len=10)
     with pytest.raises(ValueError, match="the state is of 1 datasets, the blend has 2"):
         stream(tmp_path, {"window": 0, "given": 0, "read": [0], "num_bad": 0})
-    empty = write_rows(tmp_path / "empty.jsonl", [])
+    empty = write_records(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match="empty.jsonl is empty"):
         JsonLines(empty)
     with pytest.raises(FileNotFoundError, match="gone.jsonl does not exist"):

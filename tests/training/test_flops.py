@@ -12,7 +12,7 @@ from nvlm_runtime.training.documents import make_document
 from nvlm_runtime.training.flops import attention_flops, linear_flops, step_flops
 from nvlm_runtime.training.loss import token_loss
 from nvlm_runtime.training.packing import pack
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.records import JsonLines
 from nvlm_runtime.training.trainer import freeze
 from tests.small import micro_tokenizer, small_model
 from tests.training.data import write_data

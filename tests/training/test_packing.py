@@ -11,8 +11,8 @@ from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.model.past import PackedPast
 from nvlm_runtime.training.documents import IGNORE, make_document
 from nvlm_runtime.training.loss import token_loss
-from nvlm_runtime.training.packing import fill_rows, pack
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.packing import fill_sequences, pack
+from nvlm_runtime.training.records import JsonLines
 from tests.small import TEXT, micro_tokenizer, small_model
 from tests.training.data import write_data
 
@@ -65,7 +65,7 @@ def test_packed_is_unpacked(tmp_path, variant, positions):
         small_model(variant, **({} if variant == "d" else {"positions": positions, "ffn": "swiglu"})).double().train()
     )
     found = documents(tmp_path, model.config)
-    rows = fill_rows([len(document) for document in found], 300)
+    rows = fill_sequences([len(document) for document in found], 300)
     assert any(len(row) > 2 for row in rows)
     assert any(sum(bool(found[i].images) for i in row) > 1 for row in rows), "a row with pictures of two documents"
     packed = batch_of(found, model.config, rows)

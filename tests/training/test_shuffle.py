@@ -8,12 +8,12 @@ import torch
 
 from nvlm_runtime.inputs.layout import shuffle_tiles
 from nvlm_runtime.training.documents import make_document
-from nvlm_runtime.training.rows import JsonLines
+from nvlm_runtime.training.records import JsonLines
 from nvlm_runtime.training.source import Source
 from nvlm_runtime.training.trainer import Trainer
 from tests.model.test_model import picture
 from tests.small import CONFIGS, micro_tokenizer
-from tests.training.data import datasets, turns, write_rows
+from tests.training.data import datasets, turns, write_records
 from tests.training.test_trainer import quiet, recipe_of
 
 
@@ -22,7 +22,7 @@ def layout_of(folder, variant, *sizes):
     for name, size in zip(names, sizes, strict=True):
         picture(size).save(folder / name)
     asked = turns(" and ".join(["<image>"] * len(sizes)) + ": what?", "This.")
-    row = JsonLines(write_rows(folder / "rows.jsonl", [{"image": names, "conversations": asked}]))[0]
+    row = JsonLines(write_records(folder / "rows.jsonl", [{"image": names, "conversations": asked}]))[0]
     config = CONFIGS[variant]
     return config, make_document(row, micro_tokenizer(), config, 2000, "hf", "task", print).layout
 

@@ -17,7 +17,7 @@ from nvlm_runtime.training.checkpoint import checkpoints
 from nvlm_runtime.training.objective import Objective
 from nvlm_runtime.training.optimizer import Optimizer, learning_rate
 from nvlm_runtime.training.recipe import bundled_recipes, read_recipe
-from nvlm_runtime.training.rows import BadRow
+from nvlm_runtime.training.records import BadRecord
 from nvlm_runtime.training.source import Source
 from nvlm_runtime.training.trainer import Trainer, part_of
 from tests.training.data import write_data, write_model
@@ -276,11 +276,11 @@ def test_a_bad_row_ends_the_run_and_keeps_its_steps(tmp_path, monkeypatch):
     def meets_a_bad_row(self):
         calls.append(original(self))
         if len(calls) == 8:
-            raise BadRow("seen.jsonl, line 7: broken")
+            raise BadRecord("seen.jsonl, line 7: broken")
         return calls[-1]
 
     monkeypatch.setattr(Source, "__next__", meets_a_bad_row)
-    with pytest.raises(BadRow, match="seen.jsonl, line 7: broken"):
+    with pytest.raises(BadRecord, match="seen.jsonl, line 7: broken"):
         Trainer(recipe_of(tmp_path, "d", **given), log=quiet).run()
     monkeypatch.undo()
     assert [path.name for path in checkpoints(tmp_path / "out" / "checkpoints")] == ["step-00000002"]

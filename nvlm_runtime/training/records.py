@@ -17,12 +17,12 @@ from typing import Any
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
-class BadRow(ValueError):
+class BadRecord(ValueError):
     """A row that cannot be learnt from; says which file and line, and why."""
 
 
 @dataclass(frozen=True)
-class DataRow:
+class Record:
     """messages: as `prompt.build_prompt` takes them. where: file and line, for messages to people."""
 
     messages: tuple[dict[str, str], ...]
@@ -51,8 +51,8 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> DataRow:
-        """Raises BadRow where the line is no conversation, or a picture of it is not there."""
+    def __getitem__(self, index: int) -> Record:
+        """Raises BadRecord where the line is no conversation, or a picture of it is not there."""
         where = f"{self.path}, line {self._lines[index]}"
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
@@ -60,39 +60,39 @@ class JsonLines:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadRow(f"{where}: not valid JSON: {error}") from error
+            raise BadRecord(f"{where}: not valid JSON: {error}") from error
         if not isinstance(values, dict):
-            raise BadRow(f"{where}: expected a JSON object, got {type(values).__name__}")
-        return DataRow(_messages(values.get("conversations"), where), self._images(values.get("image"), where), where)
+            raise BadRecord(f"{where}: expected a JSON object, got {type(values).__name__}")
+        return Record(_messages(values.get("conversations"), where), self._images(values.get("image"), where), where)
 
     def _images(self, given: Any, where: str) -> tuple[Path, ...]:
         names = [] if given is None else [given] if isinstance(given, str) else given
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise BadRow(f"{where}: 'image' must be a path or a list of paths, got {given!r:.60}")
+            raise BadRecord(f"{where}: 'image' must be a path or a list of paths, got {given!r:.60}")
         paths = tuple(self.image_root / name for name in names)
         if missing := [path for path in paths if not path.is_file()]:
-            raise BadRow(f"{where}: the picture {missing[0]} does not exist")
+            raise BadRecord(f"{where}: the picture {missing[0]} does not exist")
         return paths
 
 
 def _messages(turns: Any, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f"{where}: 'conversations' must be a list of turns, got {turns!r:.60}")
+        raise BadRecord(f"{where}: 'conversations' must be a list of turns, got {turns!r:.60}")
     found: list[dict[str, str]] = []
     for number, turn in enumerate(turns, 1):
         role = ROLES.get(turn.get("from")) if isinstance(turn, dict) and isinstance(turn.get("from"), str) else None
         text = turn.get("value") if isinstance(turn, dict) else None
         if role is None or not isinstance(text, str):
-            raise BadRow(
+            raise BadRecord(
                 f"{where}: turn {number} must have 'from' (human, gpt or system) and a text 'value', got {turn!r:.80}"
             )
         spoken = sum(message["role"] != "system" for message in found)
         expected = "system or user" if not found else ("user", "assistant")[spoken % 2]
         if role not in expected.split(" or "):
-            raise BadRow(f"{where}: turn {number} is from {turn['from']!r} where {expected}'s was expected")
+            raise BadRecord(f"{where}: turn {number} is from {turn['from']!r} where {expected}'s was expected")
         if role == "assistant" and not text.strip():
-            raise BadRow(f"{where}: turn {number}, an answer, is empty")
+            raise BadRecord(f"{where}: turn {number}, an answer, is empty")
         found.append({"role": role, "content": text})
     if found[-1]["role"] != "assistant":
-        raise BadRow(f"{where}: the last turn must be an answer, and is from {turns[-1]['from']!r}")
+        raise BadRecord(f"{where}: the last turn must be an answer, and is from {turns[-1]['from']!r}")
     return tuple(found)
