@@ -53,7 +53,11 @@ class Document:
 def make_document(
     row: Record, tokenizer: Tokenizer, config: NVLMConfig, seq_len: int, style: str, task: str, log: Log
 ) -> Document:
-    """Raises BadRecord, with file and line, where the row is no prompt or, with the fewest tiles, longer than seq_len."""
+    """Makes a document of a record.
+
+    Raises:
+        BadRecord: the record is no prompt, or is longer than `seq_len` with the fewest tiles. Says file and line.
+    """
     sizes = [_size(path, row.where) for path in row.images]
     for limit in (config.max_tiles, *(limit for limit in TILE_LIMITS if limit < config.max_tiles)):
         plans = [plan_tiles(*size, config.vision.image_size, min(config.min_tiles, limit), limit) for size in sizes]
