@@ -387,7 +387,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.results:
         args.json = args.json or RESULTS / f"generate-{name}.json"
         args.png = args.png or (None if args.against else args.json.with_suffix(".png"))
-    dtype = getattr(torch, args.dtype) if args.dtype else None
+    dtype = getattr(torch, args.dtype) if args.dtype else "auto"
     if args.shape:
         engines = {
             f"nvlm-{variant}": synthetic(args.shape, variant, dtype or torch.bfloat16, device)

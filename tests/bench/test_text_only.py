@@ -44,7 +44,7 @@ def test_a_picture_is_refused_without_matplotlib(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         text_only.main(["--png", "a.png"])
-    assert "a picture needs matplotlib" in capsys.readouterr().err
+    assert "a chart needs matplotlib" in capsys.readouterr().err
 
 
 def test_a_changed_text_model_has_other_bits(tmp_path, monkeypatch):
