@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from nvlm_kernels.native.library import find_compiler
-from nvlm_runtime.engine import stages as runner
+from nvlm_runtime.engine import runner
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.engine.sampling import GenerationParams
 

@@ -1,8 +1,8 @@
-"""Whether a stage keeps the rules of CUDA graphs, found without a GPU.
+"""Whether a captured step keeps the rules of CUDA graphs, checked without a GPU.
 
-A captured stage is replayed with the addresses and shapes it was captured with, and without its host code. So a stage
-must read and write the same static buffers each time, must never ask the device for a value, and must leave nothing
-behind but what it wrote into its buffers. `check` runs it and watches every call that goes through torch.
+A graph is replayed with the addresses and shapes it was captured with, and without its host code. So a step must read
+and write the same static buffers each time, must never ask the device for a value, and must leave nothing but what it
+wrote into its buffers. `check` runs a step and watches every call that goes through torch.
 """
 
 import gc
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nvlm_runtime.engine.graphs import Stage
+from nvlm_runtime.engine.graphs import CapturedStep
 
 # what waits for the device, or makes a shape of its values
 ASKING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose", "argwhere"}
@@ -28,27 +28,31 @@ ASKING_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "eq
 
 
 class ReplayError(Exception):
-    """A stage that a CUDA graph would replay wrongly, or could not capture."""
+    """A step that a CUDA graph would replay wrongly, or could not capture."""
 
 
-def check(stage: Stage) -> None:
-    """Runs a stage twice. Raises ReplayError naming the stage and the first rule that it broke."""
-    before = _identity(stage)
+def check(step: CapturedStep) -> None:
+    """Runs a step twice.
+
+    Raises:
+        ReplayError: The step broke a rule; the message names the step and the first rule.
+    """
+    before = _identity(step)
     for run in ("first", "second"):
-        watch = _Watch(stage.name)
-        with _Calls(stage.name), watch:
-            stage.fn()
+        watch = _Watch(step.name)
+        with _Calls(step.name), watch:
+            step.fn()
         if left := watch.left():
-            raise ReplayError(f"stage {stage.name!r} keeps a tensor {list(left[0])} that its {run} run made")
-        after = _identity(stage)
+            raise ReplayError(f"step {step.name!r} keeps a tensor {list(left[0])} that its {run} run made")
+        after = _identity(step)
         for name, (address, shape, dtype) in after.items():
             for what, old, new in zip(("address", "shape", "dtype"), before[name], (address, shape, dtype)):
                 if old != new:
-                    raise ReplayError(f"stage {stage.name!r} changed the {what} of {name}: {old} became {new}")
+                    raise ReplayError(f"step {step.name!r} changed the {what} of {name}: {old} became {new}")
 
 
-def _identity(stage: Stage) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
-    return {name: (t.data_ptr(), tuple(t.shape), t.dtype) for name, t in stage.buffers.items()}
+def _identity(step: CapturedStep) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+    return {name: (t.data_ptr(), tuple(t.shape), t.dtype) for name, t in step.buffers.items()}
 
 
 def _inside_triton() -> bool:
@@ -67,22 +71,22 @@ def _inside_triton() -> bool:
 class _Calls(TorchFunctionMode):
     """Python's calls: some, like `.cpu()` of a CPU tensor, never reach an operator here."""
 
-    def __init__(self, stage: str):
+    def __init__(self, step: str):
         super().__init__()
-        self.stage = stage
+        self.step = step
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if not _inside_triton():
             if name in ASKING:
-                raise ReplayError(f"stage {self.stage!r} asks the device for a value: {name}()")
+                raise ReplayError(f"step {self.step!r} asks the device for a value: {name}()")
             if name in FROM_HOST:
-                raise ReplayError(f"stage {self.stage!r} copies from the host: torch.{name}()")
+                raise ReplayError(f"step {self.step!r} copies from the host: torch.{name}()")
             if name == "to" and any(_is_cpu(value) for value in (*args[1:], *kwargs.values())):
-                raise ReplayError(f"stage {self.stage!r} asks the device for a value: to('cpu')")
+                raise ReplayError(f"step {self.step!r} asks the device for a value: to('cpu')")
             if name == "__getitem__" and any(_is_mask(part) for part in tree_leaves(args[1])):
-                raise ReplayError(f"stage {self.stage!r} makes a shape of a mask's values: tensor[mask]")
+                raise ReplayError(f"step {self.step!r} makes a shape of a mask's values: tensor[mask]")
         return func(*args, **kwargs)
 
 
@@ -97,9 +101,9 @@ def _is_mask(part: Any) -> bool:
 class _Watch(TorchDispatchMode):
     """Operators: which ask for values, and which tensors they make."""
 
-    def __init__(self, stage: str):
+    def __init__(self, step: str):
         super().__init__()
-        self.stage = stage
+        self.step = step
         self.made: list[tuple[weakref.ref, tuple[int, ...]]] = []
 
     def left(self) -> list[tuple[int, ...]]:
@@ -114,7 +118,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
         if name in ASKING_OPS and not _inside_triton():
-            raise ReplayError(f"stage {self.stage!r} asks the device for a value: {name}")
+            raise ReplayError(f"step {self.step!r} asks the device for a value: {name}")
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):

@@ -1,287 +1,358 @@
-"""Rows that decode together on static buffers, joining and leaving between steps.
+"""Requests that decode together on static buffers. They join and leave between steps.
 
-`admit` gives a request a slot; each `advance` reads a chunk of one waiting prompt and decodes a token of every row that
-is past its own. A row's answer does not depend on its neighbours. What a slot's cache holds stays when its row leaves:
-a request whose prompt begins alike, text and images, starts from there while the weights are the same.
+`admit` gives a request a batch slot. Each `advance` reads a chunk of one waiting prompt and decodes a token of every
+request whose prompt has been read. An answer does not depend on the other requests. A slot's cache keeps what it holds
+when its request leaves: a request whose prompt begins with the same text and images starts from there, as long as the
+weights are the same.
 """
 
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nvlm_runtime.engine.graphs import CapturedRunner
 from nvlm_runtime.engine.images import ImageEncoder
-from nvlm_runtime.engine.in_flight import Flight
+from nvlm_runtime.engine.in_flight import InFlightStep
 from nvlm_runtime.engine.request import Request
+from nvlm_runtime.engine.runner import PromptChunk, Runner
 from nvlm_runtime.engine.sampling import Draw
-from nvlm_runtime.engine.slots import Slots
-from nvlm_runtime.engine.stages import Stages, write_cross
+from nvlm_runtime.engine.slots import BatchSlots
 
 
-class Batch:
-    """slots: the buffers. chunk: tokens of a prompt that are read at a time. reuse: whether to start from a prefix.
-    speculate: the most tokens that a row which decodes alone drafts a step, 0 for none.
-    """
+def _no_keys() -> np.ndarray:
+    return np.zeros((0, 4), np.int64)
 
-    def __init__(
-        self, stages: Stages, slots: Slots, encoder: ImageEncoder, chunk: int, reuse: bool, speculate: int = 0
-    ):
-        self.speculate = speculate
-        self.stages, self.slots, self.encoder = stages, slots, encoder
-        self.chunk, self.reuse = chunk, reuse
-        self.rows: list[Request | None] = [None] * slots.num
-        self._cached = [np.zeros((0, 4), np.int64)] * slots.num  # the keys of what each slot's cache holds
-        self._versions = [-1] * slots.num  # of the weights that each slot's cache was computed with
-        self._filling: list[tuple[int, Iterator[None]]] = []
-        self._positions = [0] * slots.num  # of slots.position, as far as the host has read
-        self._flight: Flight | None = None  # the step whose tokens the host has not read yet
-        self._landed = 0.0  # when it last read some
+
+@dataclass(eq=False)
+class _Slot:
+    """What the host knows of one batch slot."""
+
+    row: int  # its place in the batch
+    request: Request | None = None
+    reading: Iterator[None] | None = None  # the rest of the prompt, until it has been read
+    position: int = 0  # of the next token, as far as the host has read what steps drew
+    keys: np.ndarray = field(default_factory=_no_keys)  # [T, 4], of what the cache holds (`PreparedPrompt.keys`)
+    version: int = -1  # of the weights that computed it
 
     @property
-    def num_free(self) -> int:
-        return self.rows.count(None)
+    def is_decoding(self) -> bool:
+        return self.request is not None and self.reading is None
 
-    @property
-    def is_idle(self) -> bool:
-        return self.num_free == len(self.rows)
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether a prompt is not read to its end yet."""
-        return bool(self._filling)
-
-    def fits(self, row: Request) -> bool:
-        """Whether the buffers are long enough for a request."""
-        return (
-            row.num_positions <= self.slots.capacity and row.prepared.layout.cross_length <= self.slots.cross_capacity
-        )
-
-    def admit(self, row: Request) -> None:
-        """Takes a request into the free slot that holds most of its prompt. ValueError where there is none, or it does
-        not fit.
-        """
-        free = [i for i, taken in enumerate(self.rows) if taken is None]
-        if not free:
-            raise ValueError(f"all {len(self.rows)} rows of the batch are taken")
-        if not self.fits(row):
-            raise ValueError(
-                f"the request needs {row.num_positions} slots and {row.prepared.layout.cross_length} image keys, "
-                f"the batch has {self.slots.capacity} and {self.slots.cross_capacity} a row"
-            )
-        version = self.stages.model.version
-        shared = {i: self.num_shared(i, row) if self._versions[i] == version else 0 for i in free}
-        slot = max(free, key=lambda i: (shared[i], -len(self._cached[i]), -i))
-        row.num_reused = shared[slot]
-        self.rows[slot], self._positions[slot], self._versions[slot] = row, 0, version
-        self._filling.append((slot, self._fill(slot, row)))
-
-    def num_shared(self, slot: int, row: Request) -> int:
-        """Tokens at the beginning of a prompt that a slot's cache holds; the last one is always read anew."""
-        if not self.reuse:
-            return 0
-        held, asked = self._cached[slot], row.prepared.keys
+    def num_shared(self, request: Request) -> int:
+        """Tokens at the beginning of a prompt that the cache holds. The last token of a prompt is always read anew."""
+        held, asked = self.keys, request.prepared.keys
         length = min(len(held), len(asked) - 1)
         differs = (held[:length] != asked[:length]).any(-1)
         return int(differs.argmax()) if differs.any() else length
 
-    def advance(self) -> list[tuple[Request, str]]:
-        """One chunk of the prompt that waits longest and one step of every decoding row.
 
-        Returns the rows that drew a token, with their new text, and those that failed, with "".
+class Batch:
+    """The requests of a number of batch slots.
+
+    Args:
+        runner: what runs the model.
+        slots: the buffers, allocated by the runner.
+        encoder: makes the handles of images.
+        chunk: the most prompt tokens that are read at a time.
+        reuse: whether a prompt may start from what a slot's cache holds.
+        speculate: the most tokens that a request which decodes alone drafts for each step; 0 for none.
+        async_scheduling: whether a step is launched before the host has read what the step before it drew.
+    """
+
+    def __init__(
+        self,
+        runner: Runner | CapturedRunner,
+        slots: BatchSlots,
+        encoder: ImageEncoder,
+        chunk: int,
+        reuse: bool,
+        speculate: int = 0,
+        async_scheduling: bool = False,
+    ):
+        self.runner, self.slots, self.encoder = runner, slots, encoder
+        self.chunk, self.reuse, self.speculate = chunk, reuse, speculate
+        self.async_scheduling = async_scheduling
+        self._slots = [_Slot(row) for row in range(len(slots))]
+        self._waiting: list[_Slot] = []  # whose prompts have not been read, first come first
+        self._in_flight: InFlightStep | None = None  # the step whose tokens the host has not read yet
+        self._read_at = 0.0  # when the host last read some
+
+    @property
+    def requests(self) -> list[Request | None]:
+        """The request of every slot; None for a free one."""
+        return [slot.request for slot in self._slots]
+
+    @property
+    def num_free(self) -> int:
+        """How many slots are free."""
+        return self.requests.count(None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all slots are free."""
+        return self.num_free == len(self._slots)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt has not been read to its end yet."""
+        return bool(self._waiting)
+
+    def fits(self, request: Request) -> bool:
+        """Whether the buffers are long enough for a request."""
+        num_keys = request.prepared.layout.cross_length
+        return request.num_positions <= self.slots.capacity and num_keys <= self.slots.cross_capacity
+
+    def admit(self, request: Request) -> None:
+        """Takes a request into the free slot whose cache holds most of its prompt.
+
+        Raises:
+            ValueError: No slot is free, or the request does not fit.
+        """
+        free = [slot for slot in self._slots if slot.request is None]
+        if not free:
+            raise ValueError(f"all {len(self._slots)} rows of the batch are taken")
+        if not self.fits(request):
+            raise ValueError(
+                f"the request needs {request.num_positions} positions and {request.prepared.layout.cross_length} image "
+                f"keys, the batch has {self.slots.capacity} and {self.slots.cross_capacity} a row"
+            )
+        version = self.runner.model.version
+        usable = [slot for slot in free if self.reuse and slot.version == version]
+        shared = {slot.row: slot.num_shared(request) if slot in usable else 0 for slot in free}
+        slot = max(free, key=lambda slot: (shared[slot.row], -len(slot.keys), -slot.row))
+        request.num_reused = shared[slot.row]
+        slot.request, slot.position, slot.version = request, 0, version
+        slot.reading = self._read_prompt(slot, request)
+        self._waiting.append(slot)
+
+    def advance(self) -> list[tuple[Request, str]]:
+        """Reads one chunk of the prompt that has waited longest and takes one step of every decoding request.
+
+        Returns:
+            The requests that drew a token, each with its new text, and those that failed, with "".
         """
         progress = []
-        if self._filling:
-            slot, steps = self._filling[0]
-            row = self.rows[slot]
+        if self._waiting:
+            slot = self._waiting[0]
+            request, reading = slot.request, slot.reading
+            assert request is not None and reading is not None
             try:
-                next(steps)
+                next(reading)
             except StopIteration:
-                self._filling.pop(0)
-                progress.append(self._accept(slot, int(self.slots.drawn[slot])))
-            except Exception as error:  # the row's own: its neighbours go on
-                self._filling.pop(0)
-                row.error = error
+                self._stop_reading(slot)
+                progress.append(self._accept(slot, request, int(self.slots.drawn[slot.row])))
+            except Exception as error:  # the request's own: the others go on
+                self._stop_reading(slot)
+                request.error = error
                 self._leave(slot)
-                progress.append((row, ""))
-        if any(self._decoding(slot) for slot in range(len(self.rows))):
+                progress.append((request, ""))
+        if any(slot.is_decoding for slot in self._slots):
             progress += self._step()
         return progress
 
-    def cancel(self, row: Request) -> None:
-        """Frees a row's slot at once, whatever it was doing. A row that has left already is left alone."""
-        for slot, taken in enumerate(self.rows):
-            if taken is row:
-                self._filling = [(s, steps) for s, steps in self._filling if s != slot]
-                row.finish("cancelled")
+    def cancel(self, request: Request) -> None:
+        """Frees a request's slot at once, whatever it was doing. Does nothing if the request has left already."""
+        for slot in self._slots:
+            if slot.request is request:
+                self._stop_reading(slot)
+                request.finish("cancelled")
                 self._leave(slot)
 
     @torch.inference_mode()
     def warmup(self) -> dict[str, float]:
-        """Runs every stage that a request in these buffers can need. Returns seconds a phase: prefill, first, step.
+        """Runs everything that a request in these buffers can need. What the caches held is forgotten.
 
-        What the slots held is forgotten. Raises ValueError while a row is in the batch.
+        Returns:
+            Seconds of each phase: prefill, first, step.
+
+        Raises:
+            ValueError: A request is in the batch.
         """
         if not self.is_idle:
-            raise ValueError("a batch cannot be warmed up while it has rows")
-        self._versions = [-1] * self.slots.num
-        stages, slots = self.stages, self.slots
-        width, device = stages.model.config.text.hidden_size, slots.token.device
+            raise ValueError("a batch cannot be warmed up while it has requests")
+        for slot in self._slots:
+            slot.version = -1
+        runner, slots = self.runner, self.slots
         sees = (False, True) if slots.cross_capacity else (False,)
         began = [time.perf_counter()]
-        with slots.at_rest():
-            for length in stages.lengths(min(self.chunk, slots.capacity)):
-                x = torch.zeros(1, length, width, device=device, dtype=slots.cache.k.dtype)
-                hidden = stages.prefill(slots, 0, x, 0, torch.zeros(length, 2, dtype=torch.int64, device=device))
+        with slots.all_inactive():
+            for length in runner.chunk_lengths(min(self.chunk, slots.capacity)):
+                hidden = runner.prefill(slots, 0, self._blank_chunk(length))
             began.append(time.perf_counter())
             for kind in Draw:
-                stages.first(slots, 0, hidden[:, -1], kind)
+                runner.draw_first(slots, 0, hidden[:, -1], kind)
             slots.active.zero_()
             began.append(time.perf_counter())
-            for num_rows, sees_images, kind in itertools.product(stages.buckets(slots.num), sees, Draw):
-                stages.step(slots, num_rows, slots.capacity, sees_images, kind)
+            for num_rows, sees_images, kind in itertools.product(runner.batch_sizes(len(slots)), sees, Draw):
+                runner.step(slots, num_rows, slots.capacity, sees_images, kind)
             began.append(time.perf_counter())
         return {phase: end - start for phase, start, end in zip(("prefill", "first", "step"), began, began[1:])}
 
     def close(self) -> None:
-        """Lets go of what was captured of the buffers."""
-        self.stages.forget(self.slots)
+        """Drops what the runner captured of the buffers."""
+        self.runner.release(self.slots)
 
-    def _decoding(self, slot: int) -> bool:
-        return self.rows[slot] is not None and all(slot != filling for filling, _ in self._filling)
+    def _blank_chunk(self, length: int) -> PromptChunk:
+        device = self.slots.token.device
+        ids, intervals = (torch.zeros(length, *more, dtype=torch.int64, device=device) for more in ((), (2,)))
+        return PromptChunk(ids, 0, intervals, ids[:0], self._image_tokens([]))
 
-    def _fill(self, slot: int, row: Request) -> Iterator[None]:
-        """Reads a row's prompt from `num_reused` on; stops after each image and each chunk. Then the first draw."""
-        self.stages.refresh()
-        slots, prepared, device = self.slots, row.prepared, self.slots.token.device
-        ids = torch.tensor(prepared.input_ids, device=device)
-        start = row.num_reused
-        self._cached[slot] = prepared.keys[:start]
+    def _image_tokens(self, parts: list[Tensor]) -> Tensor:
+        """[n, C], of the parts end to end."""
+        cache, width = self.slots.cache, self.runner.model.config.text.hidden_size
+        return torch.cat(parts) if parts else cache.k.new_zeros(0, width)
+
+    def _read_prompt(self, slot: _Slot, request: Request) -> Iterator[None]:
+        """Reads a prompt from `num_reused` on and draws the first token. Stops after each image and each chunk."""
+        self.runner.refresh()
+        slots, prepared, device = self.slots, request.prepared, self.slots.token.device
+        start = request.num_reused
+        slot.keys = prepared.keys[:start]
         where: list[int] = []
-        tokens: list[Tensor] = []
-        for image, picture in zip(prepared.layout.images, prepared.images, strict=True):
+        parts: list[Tensor] = []
+        for image, source in zip(prepared.layout.images, prepared.images, strict=True):
             if image.span[1] <= start:
-                continue  # its slots and keys are where they were
+                continue  # the cache holds its tokens and its keys
             with torch.inference_mode():
-                handle = self.encoder.handle(picture, image, row.timings)
+                handle = self.encoder.handle(source, image, request.timings)
                 if image.keys[1] > image.keys[0]:
-                    write_cross(slots, slot, image.keys[0], self.encoder.keys_values(handle, image))
-            where += image.placeholders
+                    slots.write_cross(slot.row, image.keys[0], self.encoder.keys_values(handle, image))
             if image.placeholders:
-                tokens.append(handle.tokens[list(image.placeholder_tiles)].flatten(0, 1))
+                where += image.placeholders
+                parts.append(handle.tokens[list(image.placeholder_tiles)].flatten(0, 1))
             yield
         began = time.perf_counter()
-        positions = torch.tensor(where, dtype=torch.int64, device=device)
-        values = torch.cat(tokens) if tokens else positions
+        ids = torch.tensor(prepared.input_ids, device=device)
+        placeholders = torch.tensor(where, dtype=torch.int64, device=device)
+        image_tokens = self._image_tokens(parts)
         intervals = prepared.layout.intervals.to(device)
         bounds = np.array(where)
         spent = 0.0
-        for first, end in self.stages.chunks(len(ids), start, self.chunk):
+        for first, end in self.runner.chunks(len(ids), start, self.chunk):
             a, b = np.searchsorted(bounds, (first, end))
             with torch.inference_mode():
-                x = self.stages.embed(ids[first:end], positions[a:b] - first, values[a:b])
-                hidden = self.stages.prefill(slots, slot, x, first, intervals[first:end])
-            self._cached[slot] = prepared.keys[:end]
+                chunk = PromptChunk(
+                    ids[first:end], first, intervals[first:end], placeholders[a:b] - first, image_tokens[a:b]
+                )
+                hidden = self.runner.prefill(slots, slot.row, chunk)
+            slot.keys = prepared.keys[:end]
             spent += time.perf_counter() - began
-            row.timings["prefill"] = spent
+            request.timings["prefill"] = spent
             if end < len(ids):
                 yield
                 began = time.perf_counter()
         began = time.perf_counter()
         with torch.inference_mode():
-            slots.position[slot] = len(ids)
-            slots.interval[slot, 0] = torch.tensor(prepared.layout.after)
-            slots.sampling.set(slot, row.params, prepared.input_ids)
-            self.stages.first(slots, slot, hidden[:, -1], Draw.of(row.params))
-        self._positions[slot] = len(ids)
-        row.timings["prefill"] += time.perf_counter() - began
+            slots.position[slot.row] = len(ids)
+            slots.interval[slot.row, 0] = torch.tensor(prepared.layout.after)
+            slots.sampling.set(slot.row, request.params, prepared.input_ids)
+            self.runner.draw_first(slots, slot.row, hidden[:, -1], Draw.of(request.params))
+        slot.position = len(ids)
+        request.timings["prefill"] += time.perf_counter() - began
+
+    def _stop_reading(self, slot: _Slot) -> None:
+        slot.reading = None
+        if slot in self._waiting:
+            self._waiting.remove(slot)
 
     def _step(self) -> list[tuple[Request, str]]:
-        """Launches a step of all rows that may draw one more token, and takes in what it drew; where the stages run
-        ahead, what the step before it drew, so that the device never waits for the host. What a row draws behind its
-        own end is dropped.
+        """Launches a step of all requests that may draw one more token, and takes in what it drew.
+
+        With async scheduling it takes in what the step before drew, so that the device never waits for the host. What
+        a request draws after its own end is dropped.
         """
         began = time.perf_counter()
-        decoding = [(slot, row) for slot, row in enumerate(self.rows) if self._decoding(slot)]
+        decoding = [(slot, slot.request) for slot in self._slots if slot.is_decoding and slot.request is not None]
         if self.speculate and len(decoding) == 1 and (draft := decoding[0][1].draft(self.speculate)):
-            return self._speculate(decoding[0][0], draft, began)
-        before = self._flight
-        under_way = {id(row) for _, row in before.rows} if before else set()
-        due = [(slot, row) for slot, row in decoding if row.limit > len(row.token_ids) + (id(row) in under_way)]
-        flight = self._launch(tuple(due), began) if due else None
-        if self.stages.ahead:
-            self._flight, flight = flight, before
-        return self._land(flight) if flight else []
+            return self._speculate(*decoding[0], draft, began)
+        before = self._in_flight
+        drawing = {id(request) for _, request in before.requests} if before else set()
+        due = [
+            (slot.row, request)
+            for slot, request in decoding
+            if request.limit > len(request.token_ids) + (id(request) in drawing)
+        ]
+        step = self._launch(tuple(due), began) if due else None
+        if self.async_scheduling:
+            self._in_flight, step = step, before
+        return self._land(step) if step else []
 
-    def _launch(self, due: tuple[tuple[int, Request], ...], began: float) -> Flight:
+    def _launch(self, due: tuple[tuple[int, Request], ...], began: float) -> InFlightStep:
         with torch.inference_mode():
-            self.stages.step(
+            self.runner.step(
                 self.slots,
                 due[-1][0] + 1,
-                max(self._positions[slot] for slot, _ in due) + (2 if self.stages.ahead else 1),
-                any(row.prepared.layout.cross_length for _, row in due),
-                max(Draw.of(row.params) for _, row in due),
+                max(self._slots[row].position for row, _ in due) + (2 if self.async_scheduling else 1),
+                any(request.prepared.layout.cross_length for _, request in due),
+                max(Draw.of(request.params) for _, request in due),
             )
-            return Flight.of(due, began, self.slots.drawn)
+            return InFlightStep.of(due, began, self.slots.drawn)
 
-    def _land(self, flight: Flight) -> list[tuple[Request, str]]:
-        drawn = flight.tokens()
-        began, self._landed = max(flight.began, self._landed), time.perf_counter()
-        seconds = self._landed - began
+    def _land(self, step: InFlightStep) -> list[tuple[Request, str]]:
+        drawn = step.tokens()
+        began, self._read_at = max(step.began, self._read_at), time.perf_counter()
+        seconds = self._read_at - began
         progress = []
-        for slot, row in flight.rows:
-            if self.rows[slot] is not row:
+        for row, request in step.requests:
+            slot = self._slots[row]
+            if slot.request is not request:
                 continue  # it has left since
-            self._positions[slot] += 1
-            row.token_seconds.append(seconds)
-            row.timings["decode"] += seconds
-            progress.append(self._accept(slot, drawn[slot]))
+            progress.append(self._accept_step(slot, request, drawn[row], seconds))
         return progress
 
-    def _speculate(self, slot: int, draft: list[int], began: float) -> list[tuple[Request, str]]:
-        """A step of a lone row that draws behind every token of its draft, and keeps them up to the first other one."""
-        row, slots = self.rows[slot], self.slots
+    def _speculate(self, slot: _Slot, request: Request, draft: list[int], began: float) -> list[tuple[Request, str]]:
+        """A step of a lone request that draws after every token of its draft. Keeps them up to the first difference."""
+        slots = self.slots
         with torch.inference_mode():
-            sees = bool(row.prepared.layout.cross_length)
-            drawn = self.stages.verify(slots, slot, draft, sees, Draw.of(row.params))
+            num_visible = slot.position + 1 + len(draft)
+            sees_images = bool(request.prepared.layout.cross_length)
+            drawn = self.runner.verify(slots, slot.row, draft, num_visible, sees_images, Draw.of(request.params))
             right = next((i for i, token in enumerate(draft) if drawn[i] != token), len(draft))
             drawn = drawn[: right + 1]
-            slots.token[slot] = max(drawn[-1], 0)
-            slots.position[slot] += len(drawn)
+            slots.token[slot.row] = max(drawn[-1], 0)
+            slots.position[slot.row] += len(drawn)
         seconds = (time.perf_counter() - began) / len(drawn)
         progress = []
         for token in drawn:
-            self._positions[slot] += 1
-            row.token_seconds.append(seconds)
-            row.timings["decode"] += seconds
-            progress.append(self._accept(slot, token))
-            if row.done:
+            progress.append(self._accept_step(slot, request, token, seconds))
+            if request.done:
                 break
         return progress
 
-    def _accept(self, slot: int, token: int) -> tuple[Request, str]:
-        row = self.rows[slot]
-        row.timings.setdefault("decode", 0.0)
-        if token < 0:
-            row.error = ValueError("the model's logits are not finite: its weights or their dtype are wrong")
-            self._leave(slot)
-            return row, ""
-        piece = row.accept(token)
-        if row.done:
-            self._leave(slot)
-        return row, piece
+    def _accept_step(self, slot: _Slot, request: Request, token: int, seconds: float) -> tuple[Request, str]:
+        """Takes in a token that a decode step drew in so many seconds."""
+        slot.position += 1
+        request.token_seconds.append(seconds)
+        request.timings["decode"] += seconds
+        return self._accept(slot, request, token)
 
-    def _leave(self, slot: int) -> None:
-        row = self.rows[slot]
-        if self._positions[slot] > len(row.prepared.input_ids):
-            fed = self._positions[slot] - len(row.prepared.input_ids)
-            answer = np.zeros((fed, 4), np.int64)
-            answer[:, 0] = row.token_ids[:fed]
-            answer[:, 1:3] = row.prepared.layout.after
-            self._cached[slot] = np.concatenate([row.prepared.keys, answer])
-        if row.error is not None:
-            self._cached[slot] = self._cached[slot][:0]
-        self.slots.rest(slot)
-        self.rows[slot] = None
+    def _accept(self, slot: _Slot, request: Request, token: int) -> tuple[Request, str]:
+        request.timings.setdefault("decode", 0.0)
+        if token < 0:
+            request.error = ValueError("the model's logits are not finite: its weights or their dtype are wrong")
+            self._leave(slot)
+            return request, ""
+        piece = request.accept(token)
+        if request.done:
+            self._leave(slot)
+        return request, piece
+
+    def _leave(self, slot: _Slot) -> None:
+        request = slot.request
+        assert request is not None
+        prepared = request.prepared
+        num_fed = slot.position - len(prepared.input_ids)
+        if num_fed > 0:
+            answer = np.zeros((num_fed, 4), np.int64)
+            answer[:, 0] = request.token_ids[:num_fed]
+            answer[:, 1:3] = prepared.layout.after
+            slot.keys = np.concatenate([prepared.keys, answer])
+        if request.error is not None:
+            slot.keys = slot.keys[:0]
+        self.slots.deactivate(slot.row)
+        slot.request = None

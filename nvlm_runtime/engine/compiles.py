@@ -1,4 +1,4 @@
-"""Counts what is compiled while a model runs, so that none of it comes as a surprise in the middle of a request."""
+"""Counts what is compiled while a model runs, so that nobody waits for it unnoticed in the middle of a request."""
 
 import warnings
 from typing import Any
@@ -7,7 +7,7 @@ from triton import knobs
 
 
 class CompileWatch:
-    """What was made since `start`: Triton's kernels of this process, and what `saw` was told of. Each is a warning.
+    """What was compiled since `start`: Triton kernels of this process and captured steps. Each is a warning.
 
     Inductor is not watched: nothing here goes through it.
     """
@@ -17,7 +17,7 @@ class CompileWatch:
         self._names: list[str] = []
 
     def start(self) -> None:
-        """Counts from here. A hook that another program gave Triton is called as before."""
+        """Counts from here on. A hook that somebody else has set in Triton is called as before."""
         self._names.clear()
         if self._started:
             return
@@ -30,12 +30,17 @@ class CompileWatch:
 
         knobs.runtime.jit_post_compile_hook = hook
 
+    def built(self, name: str) -> None:
+        """Takes note of a captured step that was built."""
+        self.saw(f"the step {name!r} was built")
+
     def saw(self, what: str) -> None:
+        """Takes note of something that was compiled. After `start` it is counted, and a warning."""
         if self._started:
             self._names.append(what)
             warnings.warn(f"{what} after warm-up", RuntimeWarning, stacklevel=2)
 
     @property
     def count(self) -> int:
-        """Since `start`; 0 before it."""
+        """How much was compiled since `start`; 0 before it."""
         return len(self._names)

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.profiler import record_function
 
-from nvlm_runtime.engine.stages import Stages
+from nvlm_runtime.engine.graphs import CapturedRunner
+from nvlm_runtime.engine.runner import Runner
 from nvlm_runtime.inputs.image import TilePlan
 from nvlm_runtime.inputs.layout import ImageLayout
 from nvlm_runtime.model.cache import CrossKV
@@ -164,13 +165,13 @@ class ImageCache:
 
 
 class ImageEncoder:
-    """stages: of the model. cache: the handles that are kept, until a weight changes in place. Any thread may call it,
+    """runner: of the model. cache: the handles that are kept, until a weight changes in place. Any thread may call it,
     one encodes at a time.
     """
 
-    def __init__(self, stages: Stages, cache: ImageCache):
-        self.stages, self.cache = stages, cache
-        self.model = stages.model
+    def __init__(self, runner: Runner | CapturedRunner, cache: ImageCache):
+        self.runner, self.cache = runner, cache
+        self.model = runner.model
         self._lock = threading.RLock()
         self._version, self._fingerprint = -1, ""
 
@@ -212,11 +213,11 @@ class ImageEncoder:
         with record_function("nvlm.tile"):
             pixel_values = picture.pixel_values.to(weight.device, weight.dtype)
         times.append(time.perf_counter())
-        features = self.stages.encode(pixel_values)
+        features = self.runner.encode(pixel_values)
         del pixel_values
         self._wait(features.patches)
         times.append(time.perf_counter())
-        tokens = self.stages.project(features)
+        tokens = self.runner.project(features)
         kv = self._keys_values(tokens, replace(image, first_key_position=0)) if self.model.config.cross else None
         self._wait(tokens)
         times.append(time.perf_counter())

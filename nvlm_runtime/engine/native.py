@@ -83,12 +83,19 @@ class NativeDecoder:
         intervals: Tensor | None,
         logits: Tensor,
     ) -> None:
-        """Writes the logits fp32 [B, V] of every row's token, whose keys and values it puts into the cache.
+        """Computes the logits of every row's token and writes its keys and values into the cache.
 
-        token, position: int64 [B]. active: bool [B]; a row at rest writes nothing but logits that mean nothing.
-        cross, intervals: the image keys and what each row sees of them, int64 [B, 1, 2], or None where no row sees an
-        image. All contiguous, all on the CPU. Positions and intervals have to be inside the caches: they are not
-        looked at here.
+        All tensors are contiguous (the caches in their last two dimensions) and on the CPU. Positions and intervals
+        must be inside the caches: nothing checks them here.
+
+        Args:
+            token: int64 [B] or [B, 1].
+            position: int64, shaped as token.
+            active: bool [B]. An inactive row writes nothing but logits that mean nothing.
+            cache: keys and values of self-attention.
+            cross: image keys and values.
+            intervals: int64 [B, 1, 2], the image keys that each row sees; None where no row sees an image.
+            logits: fp32 [B, V], overwritten.
         """
         rows = len(token)
         with self._lock:

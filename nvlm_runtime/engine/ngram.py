@@ -1,7 +1,7 @@
 """Drafts of what comes next: the tokens that followed the same words last, in what a row has read and written.
 
 Answers about a document repeat it, so its own words are a draft that costs nothing to make. A draft is only a guess:
-the model draws every token itself, at several places at once (`Stages.verify`), and wrong guesses are dropped.
+the model draws every token itself, at several places at once (`Runner.verify`), and wrong guesses are dropped.
 Source: prompt lookup decoding (Saxena 2023), and vLLM's n-gram speculation.
 """
 

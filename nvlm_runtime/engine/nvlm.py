@@ -26,14 +26,14 @@ from nvlm_runtime.checkpoint.weights import Progress, checkpoint_digest, load
 from nvlm_runtime.engine.batch import Batch
 from nvlm_runtime.engine.compiles import CompileWatch
 from nvlm_runtime.engine.generator import Images, Message, Question, TextGenerator, TextStream
-from nvlm_runtime.engine.graphs import GraphStages
+from nvlm_runtime.engine.graphs import CapturedRunner
 from nvlm_runtime.engine.images import ImageCache, ImageEncoder, ImageHandle, ImageInput, image_key
+from nvlm_runtime.engine.logits import EagerLogits, NativeLogits
 from nvlm_runtime.engine.native import use_library
 from nvlm_runtime.engine.options import DtypeOption, NativeOption, Options, device_of, dtype_of
 from nvlm_runtime.engine.request import PHASES, Output, PreparedPrompt, Request, check_ids
+from nvlm_runtime.engine.runner import Runner
 from nvlm_runtime.engine.sampling import GenerationParams
-from nvlm_runtime.engine.slots import Slots
-from nvlm_runtime.engine.stages import Stages
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
 from nvlm_runtime.inputs.layout import image_layout, layout_prompt, max_image_keys
@@ -139,13 +139,15 @@ class NVLM(TextGenerator):
         self.chunk = chunk
         self.reuse = reuse and not deterministic
         self.speculate = speculate
-        self.stages = GraphStages(self.model, deterministic) if graphs else Stages(self.model, deterministic, library)
-        self.encoder = ImageEncoder(self.stages, ImageCache(image_cache_bytes))
+        self._watch = CompileWatch()
+        backend = EagerLogits(self.model) if library is None else NativeLogits(self.model, library)
+        runner = Runner(self.model, backend, row_by_row=deterministic and library is None, allow_host_sync=not graphs)
+        self.runner = CapturedRunner(runner, self._watch.built) if graphs else runner
+        self._async_scheduling = graphs
+        self.encoder = ImageEncoder(self.runner, ImageCache(image_cache_bytes))
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._lock = threading.Lock()
         self._idle: Batch | None = None  # the buffers of the last single request
-        self._watch = CompileWatch()
-        self.stages.built = lambda name: self._watch.saw(f"the stage {name!r} was built")
 
     @classmethod
     def load(
@@ -383,17 +385,8 @@ class NVLM(TextGenerator):
 
     def batch(self, num_rows: int, capacity: int, cross_capacity: int) -> Batch:
         """Buffers for `num_rows` rows of `capacity` tokens and `cross_capacity` image keys each."""
-        slots = Slots.allocate(
-            self.model.shard,
-            num_rows,
-            capacity,
-            cross_capacity,
-            self.tokenizer.vocab_size,
-            self.device,
-            self.dtype,
-            self.stages.spare,
-        )
-        return Batch(self.stages, slots, self.encoder, self.chunk, self.reuse, self.speculate)
+        slots = self.runner.allocate(num_rows, capacity, cross_capacity, self.tokenizer.vocab_size)
+        return Batch(self.runner, slots, self.encoder, self.chunk, self.reuse, self.speculate, self._async_scheduling)
 
     def _keep(self, batch: Batch) -> None:
         """For the next single request."""
@@ -468,7 +461,7 @@ class NVLM(TextGenerator):
         size, began = self.config.vision.image_size, time.perf_counter()
         for num_tiles in sorted({plan.num_tiles for plan in self._plans()}):
             pixel_values = torch.zeros(num_tiles, 3, size, size, device=self.device, dtype=self.dtype)
-            self.stages.project(self.stages.encode(pixel_values))
+            self.runner.project(self.runner.encode(pixel_values))
         phases = {"encode": time.perf_counter() - began, **batch.warmup()}
         self._watch.start()
         return phases
@@ -485,7 +478,7 @@ class NVLM(TextGenerator):
 
     @property
     def compiles_after_warmup(self) -> int:
-        """Triton kernels and static stages that requests have had to wait for since `warmup`."""
+        """Triton kernels and captured steps that requests have had to wait for since `warmup`."""
         return self._watch.count
 
     def request(self, prepared: PreparedPrompt, params: GenerationParams) -> Request:

@@ -1,7 +1,8 @@
-"""The static buffers that rows decode in: caches, the last token of each row, where it goes, how the next is drawn.
+"""Batch slots: the static buffers that requests decode in.
 
-B rows, S slots of self-attention, Sx image keys. Nothing here changes its address, shape or dtype while it lives, so a
-captured step may hold any of it. A row at rest writes to a spare slot behind `capacity`, which nobody reads.
+B batch slots, S cache positions of each, Sx image keys of each. A slot's place among the B is its row.
+No tensor changes its address, shape or dtype while it lives, so a captured step may hold any of them. An inactive slot
+writes its keys and values to the positions after `capacity`, which nobody reads.
 """
 
 import sys
@@ -19,10 +20,19 @@ from nvlm_runtime.model.cache import CrossKV, KVCache
 
 
 @dataclass(frozen=True)
-class Slots:
-    """token: [B] drawn but not yet in the cache. position: [B] the slot it goes to. drawn: [B] what the last step drew,
-    -1 where the logits were not finite. active: bool [B], False at rest.
-    interval: [B, 1, 2] what the rows see of the image keys. cross: None where the model has no gated layers.
+class BatchSlots:
+    """The state of B batch slots.
+
+    Attributes:
+        cache: keys and values of self-attention.
+        cross: image keys and values; None where the model has no gated layers.
+        token: int64 [B], drawn last and not yet in the cache.
+        position: int64 [B], the cache position that the token goes to.
+        drawn: int64 [B], what the last step drew; -1 where the logits were not finite.
+        active: bool [B]. An inactive slot draws nothing.
+        interval: int64 [B, 1, 2], the image keys [start, end) that each slot's next tokens see.
+        sampling: how each slot draws.
+        capacity: cache positions that a request may use.
     """
 
     cache: KVCache
@@ -45,23 +55,35 @@ class Slots:
         vocab_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        spare: int = 1,
-    ) -> "Slots":
-        """spare: slots behind `capacity`, at least 1.
+        padding: int = 1,
+    ) -> "BatchSlots":
+        """Allocates B = `batch` inactive slots.
 
-        Raises ValueError, before anything is allocated, where the caches are larger than the memory that is free.
+        Args:
+            config: sizes of the model; in a group of several ranks, of this rank's share.
+            batch: B.
+            capacity: cache positions of each slot.
+            cross_capacity: image keys of each slot.
+            vocab_size: of the tokenizer.
+            device: where the buffers lie.
+            dtype: of the caches.
+            padding: cache positions after `capacity`, at least 1.
+
+        Raises:
+            ValueError: The caches are larger than the free memory. Nothing has been allocated then.
         """
-        check_memory(cache_bytes(config, batch, capacity + spare, cross_capacity, dtype), batch, device)
+        check_memory(cache_bytes(config, batch, capacity + padding, cross_capacity, dtype), batch, device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         cross = None
         if config.cross is not None:
-            shape = cross_shape(config, batch, cross_capacity)
+            heads = config.text.num_key_value_heads, config.text.head_dim
+            shape = len(config.cross.layers), batch, cross_capacity, *heads
             cross = CrossKV(zeros(*shape, dtype=dtype), zeros(*shape, dtype=dtype))
-        return Slots(
-            cache=KVCache.allocate(config.text, batch, capacity + spare, device, dtype),
+        return BatchSlots(
+            cache=KVCache.allocate(config.text, batch, capacity + padding, device, dtype),
             cross=cross,
             token=zeros(batch),
             position=torch.full((batch,), capacity, device=device),
@@ -72,22 +94,48 @@ class Slots:
             capacity=capacity,
         )
 
-    @property
-    def num(self) -> int:
+    def __len__(self) -> int:
         return len(self.token)
 
     @property
     def cross_capacity(self) -> int:
+        """Image keys of each slot; 0 where the model has no gated layers."""
         return self.cross.k.shape[2] if self.cross else 0
 
-    def rest(self, row: int) -> None:
-        """A row draws no more; what its cache holds stays."""
+    def rows(self, start: int, end: int) -> "BatchSlots":
+        """Views of the slots [start, end)."""
+        return BatchSlots(
+            cache=self.cache.rows(start, end),
+            cross=self.cross.rows(start, end) if self.cross else None,
+            token=self.token[start:end],
+            position=self.position[start:end],
+            drawn=self.drawn[start:end],
+            active=self.active[start:end],
+            interval=self.interval[start:end],
+            sampling=self.sampling.rows(start, end),
+            capacity=self.capacity,
+        )
+
+    def store(self, drawn: Tensor) -> None:
+        """Takes in what a step drew, int64 [B]. A slot with -1 feeds token 0 until it is deactivated."""
+        self.drawn.copy_(drawn)
+        self.token.copy_(drawn.clamp(min=0))
+
+    def write_cross(self, row: int, start: int, kv: CrossKV) -> None:
+        """Copies an image's keys and values [gated layers, 1, S, Hkv, D] into a slot, from image key `start` on."""
+        assert self.cross is not None
+        end = start + kv.k.shape[2]
+        self.cross.k[:, row, start:end] = kv.k[:, 0]
+        self.cross.v[:, row, start:end] = kv.v[:, 0]
+
+    def deactivate(self, row: int) -> None:
+        """Stops a slot from drawing. Its cache keeps what it holds."""
         self.active[row] = False
         self.position[row] = self.capacity
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """For trial runs: no row draws, and what the rows are doing is put back afterwards."""
+    def all_inactive(self) -> Iterator[None]:
+        """For trial runs: no slot draws inside, and afterwards every slot continues where it was."""
         state = [self.token, self.position, self.drawn, self.active, self.sampling.seen]
         kept = [tensor.clone() for tensor in state]
         self.active.zero_()
@@ -98,33 +146,28 @@ class Slots:
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
 
-    def rows(self, start: int, end: int) -> "Slots":
-        """Views of the rows from `start` to `end`."""
-        return Slots(
-            cache=self.cache.rows(start, end),
-            cross=CrossKV(self.cross.k[:, start:end], self.cross.v[:, start:end]) if self.cross else None,
-            token=self.token[start:end],
-            position=self.position[start:end],
-            drawn=self.drawn[start:end],
-            active=self.active[start:end],
-            interval=self.interval[start:end],
-            sampling=self.sampling.rows(start, end),
-            capacity=self.capacity,
-        )
 
+def cache_bytes(config: NVLMConfig, batch: int, num_positions: int, cross_capacity: int, dtype: torch.dtype) -> int:
+    """Bytes of the caches of batch slots, which are nearly all that the slots hold.
 
-def cross_shape(config: NVLMConfig, batch: int, length: int) -> tuple[int, ...]:
-    return len(config.cross.layers), batch, length, config.text.num_key_value_heads, config.text.head_dim
-
-
-def cache_bytes(config: NVLMConfig, batch: int, num_slots: int, cross_capacity: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of `Slots`, which are nearly all it holds."""
-    text = config.text
-    slots = text.num_hidden_layers * num_slots + (len(config.cross.layers) if config.cross else 0) * cross_capacity
-    return 2 * batch * slots * text.num_key_value_heads * text.head_dim * dtype.itemsize
+    Args:
+        config: sizes of the model; in a group of several ranks, of this rank's share.
+        batch: number of slots.
+        num_positions: cache positions of each slot, the padding included.
+        cross_capacity: image keys of each slot.
+        dtype: of the caches.
+    """
+    text, num_gated = config.text, len(config.cross.layers) if config.cross else 0
+    vectors = text.num_hidden_layers * num_positions + num_gated * cross_capacity
+    return 2 * batch * vectors * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
 def check_memory(num_bytes: int, batch: int, device: torch.device) -> None:
+    """Checks that the caches of `batch` slots fit into the free memory of a device.
+
+    Raises:
+        ValueError: They do not.
+    """
     free = free_bytes(device)
     if num_bytes > free:
         raise ValueError(
@@ -134,7 +177,7 @@ def check_memory(num_bytes: int, batch: int, device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: the driver's figure, or Linux's estimate; sys.maxsize where neither is."""
+    """Bytes that can still be allocated: the driver's figure, or Linux's estimate; sys.maxsize where there is none."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     estimate = Path("/proc/meminfo")

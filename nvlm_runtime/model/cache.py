@@ -1,4 +1,7 @@
-"""What decoding remembers: self-attention keys and values, written in place, and the image's, written once."""
+"""What decoding remembers: the keys and values of self-attention, written in place, and the image's, written once.
+
+B requests, S positions (or image keys), Hkv kv heads, D head_dim.
+"""
 
 from dataclasses import dataclass
 
@@ -10,22 +13,29 @@ from nvlm_runtime.config import TextConfig
 
 @dataclass(frozen=True)
 class KVCache:
-    """Preallocated self-attention keys and values. k, v: [layers, B, S, Hkv, D]; slot s of a row holds position s."""
+    """Preallocated keys and values of self-attention.
+
+    Attributes:
+        k: [layers, B, S, Hkv, D]; index p of S holds position p.
+        v: as k.
+    """
 
     k: Tensor
     v: Tensor
 
     @staticmethod
     def allocate(config: TextConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        """Zeros for `batch` requests of `capacity` positions."""
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
         return KVCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
     @property
     def capacity(self) -> int:
+        """S."""
         return self.k.shape[2]
 
     def rows(self, start: int, end: int) -> "KVCache":
-        """Views of the requests from `start` to `end`."""
+        """Views of the requests [start, end)."""
         return KVCache(self.k[:, start:end], self.v[:, start:end])
 
     def shared(self, row: int, count: int) -> "KVCache":
@@ -35,10 +45,19 @@ class KVCache:
 
 @dataclass(frozen=True)
 class CrossKV:
-    """Image keys and values of every gated layer, computed once: k, v [layers, B, S, Hkv, D]."""
+    """Image keys and values of every gated layer, computed once for an image.
+
+    Attributes:
+        k: [gated layers, B, S, Hkv, D].
+        v: as k.
+    """
 
     k: Tensor
     v: Tensor
+
+    def rows(self, start: int, end: int) -> "CrossKV":
+        """Views of the requests [start, end)."""
+        return CrossKV(self.k[:, start:end], self.v[:, start:end])
 
     def shared(self, row: int, count: int) -> "CrossKV":
         """One request's keys and values as those of `count` rows, all of the same memory."""

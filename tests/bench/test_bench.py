@@ -20,7 +20,7 @@ from nvlm_runtime.analysis import eager
 from nvlm_runtime.analysis.profile import phase_ops, profile_request
 from nvlm_runtime.commands.cli import main
 from nvlm_runtime.engine.sampling import GenerationParams
-from nvlm_runtime.engine.slots import Slots
+from nvlm_runtime.engine.slots import BatchSlots
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.image import plan_tiles
 from nvlm_runtime.model.quantize import scheme_of
@@ -164,7 +164,7 @@ def test_the_cards_bytes_are_the_tensors(variant):
     assert counts["layers"] == sum(
         p.nbytes for n, p in (*decoder.layers.named_parameters(), *decoder.norm.named_parameters()) if "cross_" not in n
     )
-    slots = Slots.allocate(engine.config, 1, 99, 0, 512, engine.device, engine.dtype)
+    slots = BatchSlots.allocate(engine.config, 1, 99, 0, 512, engine.device, engine.dtype)
     reads = step_bytes(engine.model)
     assert 100 * reads.token == slots.cache.k.nbytes + slots.cache.v.nbytes
     assert reads.total(10, rows=2) == counts["layers"] + counts["head"] + 20 * reads.token

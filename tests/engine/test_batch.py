@@ -72,7 +72,7 @@ def test_deterministic_rows_have_the_bits_of_their_single_run(variant, native, m
     def run(together):
         model = fresh(variant, deterministic=True, native=native)
         seen = {}
-        original = model.stages._logits
+        original = model.runner.backend.logits
 
         def keep(slots, *rest):
             logits = original(slots, *rest)
@@ -80,7 +80,7 @@ def test_deterministic_rows_have_the_bits_of_their_single_run(variant, native, m
                 seen.setdefault(int(slots.sampling.seed[row]), []).append(logits[row].clone())
             return logits
 
-        monkeypatch.setattr(model.stages, "_logits", keep)
+        monkeypatch.setattr(model.runner.backend, "logits", keep)
         prepared = requests(model)
         groups = [prepared] if together else [[each] for each in prepared]
         number = 0
@@ -233,7 +233,7 @@ def test_a_failed_row_never_harms_its_neighbours(when, monkeypatch):
     batch = model.batch(2, 150, 64)
     bad, good = (model.request(request, PARAMS) for request in requests(model)[:2])
     if when == "encode":
-        monkeypatch.setattr(model.stages, "encode", lambda pixels: 1 / 0)
+        monkeypatch.setattr(model.runner, "encode", lambda pixels: 1 / 0)
     batch.admit(bad)
     batch.admit(good)
     while not batch.is_idle:

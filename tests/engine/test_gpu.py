@@ -46,13 +46,13 @@ def test_the_kernels_give_the_cpu_s_logits(name, device):
 
 
 @each_model
-def test_captured_stages_give_eager_s_tokens(name, device):
+def test_captured_steps_give_eager_s_tokens(name, device):
     want = answers(NVLM.load(name, device=device, dtype=torch.float32))
     model = NVLM.load(name, device=device, dtype=torch.float32, graphs=True)
     model.warmup(max_model_len=400, max_images=2)
     assert answers(model) == want
-    stages = model.stages.stages.values()
-    assert stages and all(stage.graph is not None for stage in stages)
+    steps = model.runner.steps.values()
+    assert steps and all(step.graph is not None for step in steps)
 
 
 @each_model

@@ -1,4 +1,4 @@
-"""Static stages, run here without capture: the same answers, and nothing built after the warm-up."""
+"""Captured steps, run here without capture: the same answers, and nothing built after the warm-up."""
 
 import random
 import warnings
@@ -30,12 +30,12 @@ def test_graphs_give_the_same_tokens(variant):
 
 @torch.inference_mode()
 def test_features_that_encoding_has_written_over_are_projected_all_the_same():
-    stages = fresh("d", graphs=True).stages
+    runner = fresh("d", graphs=True).runner
     first, second = torch.randn(2, 3, 3, 32, 32)
-    encoded = stages.encode(first)
-    want, kept = stages.project(encoded), Features(encoded.patches.clone())
-    assert stages.encode(second) is encoded and not torch.equal(stages.project(encoded), want)
-    assert torch.equal(stages.project(kept), want)
+    encoded = runner.encode(first)
+    want, kept = runner.project(encoded), Features(encoded.patches.clone())
+    assert runner.encode(second) is encoded and not torch.equal(runner.project(encoded), want)
+    assert torch.equal(runner.project(kept), want)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -112,16 +112,16 @@ def test_buckets():
     assert [bucket_of(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
 
 
-def test_deterministic_rows_take_stages_of_their_own():
+def test_deterministic_rows_take_steps_of_their_own():
     model = fresh("x", graphs=True, deterministic=True, chunk=64)
     got = model.generate(requests(model), params=GenerationParams(max_new_tokens=4, ignore_eos=True))
     assert [out.token_ids for out in got] == [ids[:4] for ids in answers("x")]
-    steps = [stage.name for stage in model.stages.stages.values() if stage.name.startswith("step")]
+    steps = [step.name for step in model.runner.steps.values() if step.name.startswith("step")]
     assert steps and all(name.startswith("step 1 ") for name in steps)
 
 
 def test_a_chunk_at_the_end_of_a_row_leaves_the_next_row_alone():
-    """Its padding goes to the spare slots behind the row."""
+    """Its padding goes to the padding after the row."""
     model = fresh("d", graphs=True, chunk=32)
     rows = [model.request(model.prepare("What?", [image]), PARAMS) for image in (LARGE, SMALL)]
     alone = [

@@ -20,7 +20,7 @@ def test_a_handle_stands_for_its_picture_in_any_place(variant, monkeypatch):
     ]
     model = fresh(variant, reuse=False, image_cache_bytes=0)
     large, small = model.encode_image(LARGE), model.encode_image(SMALL)
-    monkeypatch.setattr(model.stages, "encode", None)  # nothing may be encoded from here on
+    monkeypatch.setattr(model.runner, "encode", None)  # nothing may be encoded from here on
     for images, ids in zip(([large, small], [small, large], [large, large]), want, strict=True):
         assert model.generate("First <image>, then <image>?", images, **vars_of(8)).token_ids == ids
     ids = model.prepare("What is it?", [large]).input_ids
@@ -101,8 +101,8 @@ def test_tokens_from_elsewhere(variant):
 def test_a_picture_seen_again_is_not_encoded_again(monkeypatch):
     model = fresh("x", reuse=False)
     calls = []
-    original = model.stages.encode
-    monkeypatch.setattr(model.stages, "encode", lambda pixels: calls.append(len(pixels)) or original(pixels))
+    original = model.runner.encode
+    monkeypatch.setattr(model.runner, "encode", lambda pixels: calls.append(len(pixels)) or original(pixels))
     first = model.generate("What?", [LARGE], **vars_of(4))
     second = model.generate("And what else?", [LARGE], **vars_of(4))
     assert calls == [7] and second.timings["encode"] == 0 < first.timings["encode"]

@@ -1,9 +1,9 @@
-"""Static stages run a step ahead of the host: nobody's answer shows it."""
+"""Captured steps run a step ahead of the host: nobody's answer shows it."""
 
 import pytest
 import torch
 
-from nvlm_runtime.engine.in_flight import Flight
+from nvlm_runtime.engine.in_flight import InFlightStep
 from nvlm_runtime.engine.sampling import GenerationParams
 from tests.engine.test_batch import PARAMS, VARIANTS, answers, fresh, requests
 
@@ -11,9 +11,9 @@ from tests.engine.test_batch import PARAMS, VARIANTS, answers, fresh, requests
 def watch(monkeypatch, model):
     """What happens in order: "step" for a launch, "read" for its tokens."""
     seen = []
-    step, tokens = model.stages.step, Flight.tokens
-    monkeypatch.setattr(model.stages, "step", lambda *given: (seen.append("step"), step(*given)))
-    monkeypatch.setattr(Flight, "tokens", lambda flight: (seen.append("read"), tokens(flight))[1])
+    step, tokens = model.runner.step, InFlightStep.tokens
+    monkeypatch.setattr(model.runner, "step", lambda *given: (seen.append("step"), step(*given)))
+    monkeypatch.setattr(InFlightStep, "tokens", lambda flight: (seen.append("read"), tokens(flight))[1])
     return seen
 
 
@@ -95,7 +95,7 @@ def test_logits_that_are_not_finite_end_their_row_alone(monkeypatch):
         batch.admit(row)
     while len(rows[1].token_ids) < 3:
         batch.advance()
-    batch.slots.cache.k[:, batch.rows.index(rows[0])] = torch.nan
+    batch.slots.cache.k[:, batch.requests.index(rows[0])] = torch.nan
     while not batch.is_idle:
         batch.advance()
     assert "not finite" in str(rows[0].error) and rows[0].token_ids == want[0][: len(rows[0].token_ids)]

@@ -9,6 +9,7 @@ import torch
 
 from nvlm_kernels import native
 from nvlm_runtime.config import CrossConfig, RopeScaling
+from nvlm_runtime.engine.logits import EagerLogits, NativeLogits
 from nvlm_runtime.engine.native import NativeDecoder
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.model.cache import CrossKV, KVCache
@@ -199,7 +200,7 @@ def test_not_finite_stays_in_its_row(library):
 def test_native_and_plain_give_the_same_tokens(variant, library):
     want = answers(variant, native=False)
     model = fresh(variant, native=True, cache_folder=library.path.parent)
-    assert model.stages._native is not None
+    assert isinstance(model.runner.backend, NativeLogits)
     assert [out.token_ids for out in model.generate(requests(model), params=PARAMS)] == want
     with torch.no_grad():
         model.model.language_model.norm.weight.mul_(-1)
@@ -232,7 +233,7 @@ def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(native.BuildError, match=r"needs a C\+\+ compiler .* found none.*--no-native"):
         native.load_library(tmp_path)
-    assert fresh("d").stages._native is None, "not asked for: plain PyTorch"
+    assert isinstance(fresh("d").runner.backend, EagerLogits), "not asked for: plain PyTorch"
     with pytest.raises(native.BuildError):
         fresh("d", native=True)
 

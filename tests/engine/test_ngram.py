@@ -33,13 +33,13 @@ def test_the_answer_is_the_one_without_drafts(variant, native, params):
     params = GenerationParams(max_new_tokens=60, ignore_eos=True, **params)
     want = fresh(variant, native=native)
     model = fresh(variant, native=native, speculate=4)
-    calls, verify = [], model.stages.verify
+    calls, verify = [], model.runner.verify
 
     def counted(slots, row, draft, *rest):
         calls.append((draft, verify(slots, row, draft, *rest)))
         return calls[-1][1]
 
-    model.stages.verify = counted
+    model.runner.verify = counted
     for images in ([LARGE], []):
         a, b = (m.generate([m.prepare(REPEATS, images)], params=params)[0] for m in (want, model))
         assert b.token_ids == a.token_ids and b.text == a.text and b.finish_reason == "length"
@@ -75,7 +75,7 @@ def test_ends_where_the_answer_ends():
 
 def test_rows_with_a_penalty_do_not_guess():
     model, plain = fresh("d", speculate=4), fresh("d")
-    model.stages.verify = None
+    model.runner.verify = None
     params = {"max_new_tokens": 20, "ignore_eos": True, "repetition_penalty": 1.3}
     assert model.generate(REPEATS, **params).token_ids == plain.generate(REPEATS, **params).token_ids
 

@@ -36,7 +36,7 @@ class Gate:
 
     def __init__(self, model: NVLM, stage: str, monkeypatch):
         self.permits, self.is_free, self.calls = threading.Semaphore(0), False, 0
-        original = getattr(model.stages, stage)
+        original = getattr(model.runner, stage)
 
         def held(*args):
             self.calls += 1
@@ -44,7 +44,7 @@ class Gate:
                 assert self.permits.acquire(timeout=GUARD)
             return original(*args)
 
-        monkeypatch.setattr(model.stages, stage, held)
+        monkeypatch.setattr(model.runner, stage, held)
 
     def let(self, count: int) -> None:
         """Returns when so many calls more were made and the next one waits."""
@@ -110,14 +110,14 @@ def consume(engine: Engine, request) -> tuple[Answer, str]:
 
 
 def break_encode(model: NVLM, monkeypatch) -> None:
-    encode = model.stages.encode
+    encode = model.runner.encode
 
     def broken(pixel_values):
         if len(pixel_values) == 4:
             raise ZeroDivisionError("this picture cannot be encoded")
         return encode(pixel_values)
 
-    monkeypatch.setattr(model.stages, "encode", broken)
+    monkeypatch.setattr(model.runner, "encode", broken)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -156,7 +156,7 @@ def test_deterministic_logits_have_the_bits_of_the_single_run(variant, monkeypat
 
     def watch(model):
         seen: dict[int, list] = {}
-        original = model.stages._logits
+        original = model.runner.backend.logits
 
         def keep(slots, *rest):
             logits = original(slots, *rest)
@@ -165,7 +165,7 @@ def test_deterministic_logits_have_the_bits_of_the_single_run(variant, monkeypat
                     seen.setdefault(seed, []).append(row.clone())
             return logits
 
-        monkeypatch.setattr(model.stages, "_logits", keep)
+        monkeypatch.setattr(model.runner.backend, "logits", keep)
         return seen
 
     model = fresh(variant, deterministic=True)
@@ -203,9 +203,9 @@ def test_requests_start_in_the_order_they_came(monkeypatch):
     model = fresh("x")
     gate = Gate(model, "prefill", monkeypatch)
     started = []
-    take = model.stages.first
+    take = model.runner.draw_first
     monkeypatch.setattr(
-        model.stages, "first", lambda *args: started.append(int(args[0].sampling.seed[0])) or take(*args)
+        model.runner, "draw_first", lambda *args: started.append(int(args[0].sampling.seed[0])) or take(*args)
     )
     with Engine(model, max_batch_size=1, max_model_len=200) as engine:
         prepared = engine.prepare("Hello?")
@@ -225,9 +225,9 @@ def test_rows_decode_while_a_prompt_is_read(monkeypatch):
     model = fresh("h", chunk=2)
     gate, events = Gate(model, "step", monkeypatch), []
     for stage in ("prefill", "step"):
-        original = getattr(model.stages, stage)
+        original = getattr(model.runner, stage)
         monkeypatch.setattr(
-            model.stages, stage, lambda *args, s=stage, f=original: (events.append((s, args[1])), f(*args))[1]
+            model.runner, stage, lambda *args, s=stage, f=original: (events.append((s, args[1])), f(*args))[1]
         )
     with Engine(model, max_batch_size=2, max_model_len=300) as engine:
         first = engine.submit(engine.prepare("Hello?"), params=long(60))
@@ -402,7 +402,7 @@ def test_result_gives_up_waiting_and_the_answer_goes_on(monkeypatch):
 
 def test_an_interrupted_consumer_leaves_the_engine_usable(monkeypatch):
     model = fresh("x")
-    handled, step, calls = threading.Event(), model.stages.step, []
+    handled, step, calls = threading.Event(), model.runner.step, []
 
     def interrupt(*args):
         calls.append(args)
@@ -411,7 +411,7 @@ def test_an_interrupted_consumer_leaves_the_engine_usable(monkeypatch):
             assert handled.wait(GUARD)
         return step(*args)
 
-    monkeypatch.setattr(model.stages, "step", interrupt)
+    monkeypatch.setattr(model.runner, "step", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell ignores it
     try:
         with Engine(model, max_batch_size=1, max_model_len=300) as engine:
@@ -425,12 +425,12 @@ def test_an_interrupted_consumer_leaves_the_engine_usable(monkeypatch):
     assert len(calls) < 20
 
 
-@pytest.mark.parametrize("stage", ["step", "first"])
+@pytest.mark.parametrize("stage", ["step", "draw_first"])
 def test_a_crash_ends_every_request_and_the_engine(stage, monkeypatch):
-    """`first` fails inside one row's prompt, which is its own affair; a step is everybody's."""
+    """`draw_first` fails inside one row's prompt, which is its own affair; a step is everybody's."""
     model = fresh("x")
     gate = Gate(model, stage, monkeypatch)
-    original, calls = getattr(model.stages, stage), []
+    original, calls = getattr(model.runner, stage), []
 
     def fail(*args):
         calls.append(args)
@@ -440,13 +440,13 @@ def test_a_crash_ends_every_request_and_the_engine(stage, monkeypatch):
             raise MemoryError("no page is left")
         return original(*args)
 
-    monkeypatch.setattr(model.stages, stage, fail)
+    monkeypatch.setattr(model.runner, stage, fail)
     engine = Engine(model, max_batch_size=2, max_model_len=200)
     prepared = engine.prepare("Hello?")
     answers = [engine.submit(prepared, params=long(20)) for _ in range(5)]
     streamed = engine.astream("Hello?", max_new_tokens=20, ignore_eos=True)
     gate.free()
-    if stage == "first":
+    if stage == "draw_first":
         ends = [failure(answer.result) for answer in answers]
         assert [type(end) for end in ends].count(MemoryError) == 1 and ends.count(None) == 4
         engine.close()

@@ -1,4 +1,4 @@
-"""Every stage, and every batch bucket, by the rules of CUDA graphs, on the kernels' own path (the interpreter)."""
+"""Every step, and every batch bucket, by the rules of CUDA graphs, on the kernels' own path (the interpreter)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from bench.proofs.replay import ReplayError, check
 from bench.setup.gloo import run_ranks
 from nvlm_kernels._backend import INTERPRET
 from nvlm_runtime.checkpoint.weights import save
-from nvlm_runtime.engine.graphs import GraphStages, Stage
+from nvlm_runtime.engine.graphs import CapturedRunner, CapturedStep
 from nvlm_runtime.engine.nvlm import NVLM
 from nvlm_runtime.engine.sampling import Draw
 from nvlm_runtime.model.model import NVLMModel
@@ -20,7 +20,7 @@ from tests.model.test_model import picture
 from tests.small import CONFIGS, micro_tokenizer, randomise
 
 pytestmark = pytest.mark.skipif(
-    not INTERPRET, reason="without a GPU the stages take the kernels' path in the interpreter"
+    not INTERPRET, reason="without a GPU the steps take the kernels' path in the interpreter"
 )
 
 ROWS = {"d": 2, "x": 2, "h": 4}  # of a batch: NVLM-H has what the others have
@@ -38,18 +38,18 @@ def engine(variant: str, **options) -> NVLM:
 
 @torch.inference_mode()
 def names_of(model: NVLM, rows: int, tiles: Sequence[int] = (1, 3, 4, 5, 6, 7)) -> list[str]:
-    """Of its stages, every one of which is checked."""
+    """Of its captured steps, every one of which is checked."""
     for num_tiles in tiles:
-        model.stages.project(model.stages.encode(torch.zeros(num_tiles, 3, 32, 32)))
+        model.runner.project(model.runner.encode(torch.zeros(num_tiles, 3, 32, 32)))
     model.batch(rows, 200, 64).warmup()
-    stages = list(model.stages.stages.values())
-    for stage in stages:
-        check(stage)
-    return [stage.name for stage in stages]
+    steps = list(model.runner.steps.values())
+    for step in steps:
+        check(step)
+    return [step.name for step in steps]
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
-def test_every_stage_can_be_replayed(variant):
+def test_every_step_can_be_replayed(variant):
     rows = ROWS[variant]
     names = set(names_of(engine(variant), rows))
     sees = ("", " sees") if variant != "d" else ("",)
@@ -58,49 +58,49 @@ def test_every_stage_can_be_replayed(variant):
     assert {f"step {n} {kind.name}{see}" for n in (1, 2, rows) for kind in Draw for see in sees} <= names
 
 
-def stages_over_ranks(group: Group, folder: Path) -> list[str]:
-    """The names of a rank's stages, each checked in step with the other ranks'."""
+def steps_over_ranks(group: Group, folder: Path) -> list[str]:
+    """The names of a rank's captured steps, each checked in step with the other ranks'."""
     return names_of(NVLM.load(folder, group=group, chunk=32, graphs=True), tiles=(3,), rows=1)
 
 
-def test_stages_over_ranks_can_be_replayed(tmp_path):
+def test_steps_over_ranks_can_be_replayed(tmp_path):
     alone = engine("h")
     save(alone.model, tmp_path)
     alone.tokenizer.save(tmp_path)
-    one, other = run_ranks(2, stages_over_ranks, tmp_path)
+    one, other = run_ranks(2, steps_over_ranks, tmp_path)
     assert one == other and {f"step 1 {kind.name}{see}" for kind in Draw for see in ("", " sees")} <= set(one)
     assert {"encode 3", "project 3", "prefill 32"} <= set(one)
 
 
-def broken(change: Callable[[GraphStages, Stage], None]) -> Stage:
+def broken(change: Callable[[CapturedRunner, CapturedStep], None]) -> CapturedStep:
     model = engine("d")
     batch = model.batch(1, 40, 0)
-    stage = model.stages._step_stage(batch.slots, 0, 1, False, Draw.GREEDY)
-    change(model.stages, stage)
-    return stage
+    step = model.runner._decode_step(batch.slots, 0, 1, False, Draw.GREEDY)
+    change(model.runner, step)
+    return step
 
 
-def after(stage: Stage, more: Callable[[], None]) -> None:
-    fn = stage.fn
+def after(step: CapturedStep, more: Callable[[], None]) -> None:
+    fn = step.fn
 
     def both() -> None:
         fn()
         more()
 
-    stage.fn = both
+    step.fn = both
 
 
 KEPT = []
 MUTATIONS = {
-    "asks the device for a value: item": lambda _, stage: after(stage, lambda: stage.buffers["token"].sum().item()),
-    "asks the device for a value: tolist": lambda _, stage: after(stage, lambda: stage.buffers["token"].tolist()),
+    "asks the device for a value: item": lambda _, step: after(step, lambda: step.buffers["token"].sum().item()),
+    "asks the device for a value: tolist": lambda _, step: after(step, lambda: step.buffers["token"].tolist()),
     "asks the device for a value: __bool__": lambda _, s: after(s, lambda: bool(s.buffers["active"].any())),
-    "asks the device for a value: cpu": lambda _, stage: after(stage, lambda: stage.buffers["token"].cpu()),
-    "asks the device for a value: nonzero": lambda _, stage: after(stage, lambda: stage.buffers["active"].nonzero()),
+    "asks the device for a value: cpu": lambda _, step: after(step, lambda: step.buffers["token"].cpu()),
+    "asks the device for a value: nonzero": lambda _, step: after(step, lambda: step.buffers["active"].nonzero()),
     "asks the device for a value: to.'cpu'": lambda _, s: after(s, lambda: s.buffers["k"].to("cpu")),
     "tensor.mask": lambda _, s: after(s, lambda: s.buffers["token"][s.buffers["active"]]),
-    "copies from the host: torch.tensor": lambda _, stage: after(stage, lambda: torch.tensor([1])),
-    "keeps a tensor": lambda _, stage: after(stage, lambda: KEPT.append(stage.buffers["token"] + 1)),
+    "copies from the host: torch.tensor": lambda _, step: after(step, lambda: torch.tensor([1])),
+    "keeps a tensor": lambda _, step: after(step, lambda: KEPT.append(step.buffers["token"] + 1)),
     "changed the address of token": lambda _, s: after(s, lambda: s.buffers.update(token=s.buffers["token"].clone())),
     "changed the shape of token": lambda _, s: after(s, lambda: s.buffers.update(token=s.buffers["token"].expand(2))),
     "changed the dtype of token": lambda _, s: after(s, lambda: s.buffers.update(token=s.buffers["token"].int())),
@@ -109,10 +109,10 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("message", MUTATIONS)
 @torch.inference_mode()
-def test_a_stage_that_breaks_a_rule_is_named(message):
-    stage = broken(MUTATIONS[message])
-    with pytest.raises(ReplayError, match=f"stage 'step 1 GREEDY' .*{message}|stage 'step 1 GREEDY' keeps a tensor"):
-        check(stage)
+def test_a_step_that_breaks_a_rule_is_named(message):
+    step = broken(MUTATIONS[message])
+    with pytest.raises(ReplayError, match=f"step 'step 1 GREEDY' .*{message}|step 'step 1 GREEDY' keeps a tensor"):
+        check(step)
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])

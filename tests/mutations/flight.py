@@ -3,32 +3,32 @@ FILE = "nvlm_runtime/engine/batch.py"
 MUTATIONS = [
     (
         FILE,
-        "            if self.rows[slot] is not row:\n                continue  # it has left since\n",
+        "            if slot.request is not request:\n                continue  # it has left since\n",
         "",
         "a row that has left takes in the token of a step that was under way",
     ),
     (
         FILE,
-        "row.limit > len(row.token_ids) + (id(row) in under_way)",
-        "row.limit > len(row.token_ids)",
+        "request.limit > len(request.token_ids) + (id(request) in drawing)",
+        "request.limit > len(request.token_ids)",
         "a step is launched behind the last token a row may draw",
     ),
     (
         FILE,
-        "            return Flight.of(due, began, self.slots.drawn)",
-        "            return Flight(due, began, self.slots.drawn, None)",
+        "            return InFlightStep.of(due, began, self.slots.drawn)",
+        "            return InFlightStep(due, began, self.slots.drawn, None)",
         "tokens are read from the buffer that the next step writes",
     ),
     (
         FILE,
-        "            self._flight, flight = flight, before\n",
+        "            self._in_flight, step = step, before\n",
         "            pass\n",
         "the host waits for every step before it launches the next",
     ),
     (
-        "nvlm_runtime/engine/graphs.py",
-        "    ahead = True\n",
-        "    ahead = False\n",
-        "static stages do not run ahead",
+        "nvlm_runtime/engine/nvlm.py",
+        "self._async_scheduling = graphs",
+        "self._async_scheduling = False",
+        "captured steps are not scheduled ahead",
     ),
 ]
