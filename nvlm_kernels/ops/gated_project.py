@@ -293,12 +293,15 @@ def gated_project(attn: Tensor, weight: Tensor, residual: Tensor, gate: Tensor, 
     for what, (t, shape) in shapes.items():
         if t.shape != shape:
             raise ValueError(f"{name}: {what} must have shape {tuple(shape)}, got {tuple(t.shape)}")
-    dtypes = {"weight": (weight, {attn.dtype}), "residual": (residual, {attn.dtype})}
+    dtypes: dict[str, tuple[Tensor | None, set[torch.dtype]]] = {
+        "weight": (weight, {attn.dtype}),
+        "residual": (residual, {attn.dtype}),
+    }
     dtypes |= {"gate": (gate, {attn.dtype, torch.float32}), "rows": (rows, {torch.bool})}
-    for what, (t, allowed) in dtypes.items():
-        if t is not None and (t.dtype not in allowed or t.device != attn.device):
+    for what, (given, allowed) in dtypes.items():
+        if given is not None and (given.dtype not in allowed or given.device != attn.device):
             wanted = " or ".join(sorted(map(str, allowed)))
-            raise ValueError(f"{name}: {what} must be {wanted} on {attn.device}, got {t.dtype} on {t.device}")
+            raise ValueError(f"{name}: {what} must be {wanted} on {attn.device}, got {given.dtype} on {given.device}")
     if not use_triton(attn):
         return gated_project_ref(attn, weight, residual, gate, rows)
     rows = None if rows is None else rows.reshape(-1).to(torch.int32)

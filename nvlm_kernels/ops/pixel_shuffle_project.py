@@ -500,9 +500,9 @@ def pixel_shuffle_project(
         statistics = row_statistics(x[:, 1:] if has_cls else x)
     elif statistics.stride()[1:] != (2, 1):
         statistics = statistics.contiguous()
-    inputs = [t if t is None else t.contiguous() for t in inputs]
+    dense = [t if t is None else t.contiguous() for t in inputs]
     keep = gelu and learns and not recompute
-    return _fwd(x, *inputs, statistics, version, eps, gelu, has_cls, strategy == "fused", keep)[0]
+    return _fwd(x, *dense, statistics, version, eps, gelu, has_cls, strategy == "fused", keep)[0]
 
 
 def _check_statistics(statistics: Tensor, x: Tensor, patches: int) -> None:

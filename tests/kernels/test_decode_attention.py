@@ -63,7 +63,7 @@ def test_slots_past_the_length_are_not_read(dtype, device, memory):
     if memory:
         seen = int(lengths.sum()) * 32 * q.element_size()
         for argument in ("k_ptr", "v_ptr"):
-            assert memory.access["_share_kernel", argument].loaded == seen
+            assert memory.access["_split_kernel", argument].loaded == seen
 
 
 def test_long_cache(dtype, device):
@@ -102,7 +102,7 @@ Q, CACHE, LENGTHS = (2, 1, 2, 32), (2, 3, 1, 32), torch.tensor([1, 3])
     [
         ("q, k_cache, v_cache must be", zeros(2, 2, 32), zeros(*CACHE), zeros(*CACHE), LENGTHS),
         ("q, k_cache, v_cache must be", zeros(*Q), zeros(*CACHE), zeros(2, 4, 1, 32), LENGTHS),
-        ("3 heads of q .* 2 of k_cache", zeros(2, 1, 3, 32), zeros(2, 3, 2, 32), zeros(2, 3, 2, 32), LENGTHS),
+        ("3 heads of q .* 2 heads of k_cache", zeros(2, 1, 3, 32), zeros(2, 3, 2, 32), zeros(2, 3, 2, 32), LENGTHS),
         ("one floating dtype", zeros(*Q), zeros(*CACHE).half(), zeros(*CACHE).half(), LENGTHS),
         ("one device", zeros(*Q), zeros(*CACHE).to("meta"), zeros(*CACHE), LENGTHS),
         ("q must have at most 8 tokens, got 9", zeros(2, 9, 2, 32), zeros(*CACHE), zeros(*CACHE), LENGTHS),
@@ -127,7 +127,7 @@ def test_rejects_head_dim(head_dim):
 @pytest.mark.skipif(INTERPRET, reason="only the reference looks at the values")
 @pytest.mark.parametrize("length", [-1, 4])
 def test_rejects_lengths_that_leave_the_cache(length):
-    with pytest.raises(ValueError, match="decode_attention: lengths leave the 3 slots"):
+    with pytest.raises(ValueError, match="decode_attention: lengths must be within the 3 positions"):
         decode_attention(zeros(*Q), zeros(*CACHE), zeros(*CACHE), torch.tensor([1, length]))
 
 

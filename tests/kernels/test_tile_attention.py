@@ -252,7 +252,7 @@ def test_which_kernels_run(device, memory):
         return memory.launches
 
     grad_q, grad_k = (t.clone().requires_grad_() for t in (q, k))
-    assert launches(q, k, 8) == ["_share_kernel", "_sum_kernel"]
+    assert launches(q, k, 8) == ["_split_kernel", "_combine_kernel"]
     assert launches(q, k, 9) == ["_fwd_kernel"]
     assert launches(grad_q, k, 8) == ["_fwd_kernel", "_dq_kernel"]
     assert launches(q, grad_k, 8) == ["_fwd_kernel", "_dq_kernel", "_dkdv_kernel"]
@@ -295,7 +295,7 @@ def test_bytes_read_are_what_rows_see(layout, memory):
     assert looked_at <= tokens * len(columns) + spans, "rows before the first and behind the last that see the keys"
     with torch.no_grad():
         tile_attention(q[:, 8:16], k, v, intervals[:, 8:16])
-    assert access["_share_kernel", "k_ptr"].loaded <= 1.15 * row * int(dense[8:16].any(0).sum())
+    assert access["_split_kernel", "k_ptr"].loaded <= 1.15 * row * int(dense[8:16].any(0).sum())
 
 
 @pytest.mark.skipif(INTERPRET, reason="records launches instead of making them")
@@ -356,7 +356,7 @@ def test_rejects_head_dim(head_dim):
 @pytest.mark.skipif(INTERPRET, reason="only the reference looks at the values")
 @pytest.mark.parametrize("row", [(-1, 2), (0, 4), (5, 5)], ids=str)
 def test_rejects_intervals_that_leave_the_keys(row):
-    with pytest.raises(ValueError, match="tile_attention: intervals leave the 3 keys"):
+    with pytest.raises(ValueError, match="tile_attention: intervals must be within the 3 keys"):
         tile_attention(*random(2, 3, (2, 1, 32), torch.float32, "cpu"), torch.tensor([[(0, 3), row]]))
 
 

@@ -6,7 +6,7 @@ MUTATIONS = [
         SOFTMAX,
         "(keys[None, :] < end[:, None])",
         "(keys[None, :] <= end[:, None])",
-        "a row sees the key behind its last",
+        "a row sees the key after its last",
     ),
     (SOFTMAX, "(keys[None, :] >= start[:, None])", "(keys[None, :] > start[:, None])", "a row misses its first key"),
     (
@@ -23,12 +23,17 @@ MUTATIONS = [
     ),
     (
         SOFTMAX,
-        'shift = tl.where(new == float("-inf"), 0.0, new)',
-        "shift = new",
+        'shift = tl.where(new_max == float("-inf"), 0.0, new_max)',
+        "shift = new_max",
         "-inf minus -inf in a row that has seen nothing yet",
     ),
     (SOFTMAX, "acc * decay[:, None]", "acc", "the sum of v is not brought to the new maximum"),
-    (SOFTMAX, "return new, total * decay +", "return new, total +", "the sum of p is not brought to the new maximum"),
+    (
+        SOFTMAX,
+        "return new_max, row_sum * decay +",
+        "return new_max, row_sum +",
+        "the sum of p is not brought to the new maximum",
+    ),
     (
         SOFTMAX,
         "all_lo = tl.maximum(tl.max(tl.where(sees, start, 0), 0), lo)",
@@ -41,7 +46,7 @@ MUTATIONS = [
         "all_hi = hi",
         "blocks that early rows do not see count as full",
     ),
-    (SOFTMAX, "tl.where(i < before, i, i + full)", "i", "masked blocks behind the full ones are taken before them"),
+    (SOFTMAX, "tl.where(i < before, i, i + full)", "i", "masked blocks after the full ones are taken before them"),
     (
         SOFTMAX,
         "start = tl.minimum(tl.maximum(start, 0), num_keys)",
@@ -52,18 +57,18 @@ MUTATIONS = [
         SOFTMAX,
         "end = tl.where(inside, tl.minimum(tl.maximum(end, 0), num_keys), 0)",
         "end = tl.where(inside, tl.maximum(end, 0), 0)",
-        "an end behind the keys is not cut",
+        "an end past the keys is not cut",
     ),
     (
         FILE,
-        "tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)",
-        "acc / tl.where(total > 0, total, 1.0)[:, None]",
+        "tl.where(sees[:, None], acc / tl.where(sees, row_sum, 1.0)[:, None], 0.0)",
+        "acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]",
         "an empty row keeps what other rows see",
     ),
     (
         FILE,
         'tl.store(lse_ptr + row, tl.where(sees, lse, float("inf"))',
-        "tl.store(lse_ptr + row, peak",
+        "tl.store(lse_ptr + row, row_max",
         "lse without sum",
     ),
     (
@@ -101,16 +106,16 @@ MUTATIONS = [
         "rows that see nothing of a block are read",
     ),
     (
-        FILE,
-        "mask=sees[:, None] & lanes, other=0.0)\n    k_ptr",
-        "mask=(token < num_tokens)[:, None] & lanes, other=0.0)\n    k_ptr",
+        SOFTMAX,
+        "mask = (start < end)[:, None] & (offs_d < D)[None, :]",
+        "mask = (token < num_tokens)[:, None] & (offs_d < D)[None, :]",
         "q of empty rows is read",
     ),
     (
         SOFTMAX,
         "    before, full, masked = key_blocks(start, end, lo, hi, BLOCK_N)\n    end = tl.minimum(end, hi)",
         "    end = tl.minimum(end, hi)\n    before, full, masked = key_blocks(start, end, lo, hi, BLOCK_N)",
-        "a row whose keys lie behind a share counts as empty there",
+        "a row whose keys lie after a split counts as empty there",
     ),
     (
         SPLIT,

@@ -1,1 +1,1 @@
-"""The attention family: tile and decode attention, split keys, interval masks."""
+"""The attention family: tile and decode attention, their split over keys, online softmax, interval masks."""

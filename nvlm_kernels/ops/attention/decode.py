@@ -1,12 +1,12 @@
-"""Self-attention of the newest T tokens of each request to its cache: a decoding step, or a few drafted tokens.
+"""Self-attention of the newest T tokens of each request to its KV cache: one decode step, or some drafted tokens.
 
     out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(D)) v[s]      over 0 <= s < length - T + 1 + t
 
-q, out: [B, T, H, D], 1 <= T <= 8    k_cache, v_cache: [B, S, Hkv, D], S slots, H a multiple of Hkv
-lengths: [B] slots that are filled, the T new tokens' among them, on the device
-Slots from `length` on are not read and may hold anything, and the caches may be views of a larger one: nothing is
-copied. A row with no slot to see gives 0. No gradients: decoding only.
-Bound: memory, the bytes of the filled slots. Kernels and numerics: `split_attention`, one grid for every length.
+q, out: [B, T, H, D], 1 <= T <= 8    k_cache, v_cache: [B, S, Hkv, D], S positions, H a multiple of Hkv
+lengths: [B], number of filled positions, the T new tokens included, on the device
+Positions from `length` on are not read and may hold anything. The caches may be views of a larger one: nothing is
+copied. A token that sees no position gives 0. No gradients: for decoding only.
+Bound: memory, the bytes of the filled positions. Kernels and numerics: `split_attention`, one grid for every length.
 """
 
 import torch
@@ -18,9 +18,9 @@ from nvlm_kernels.ops.attention.split import MAX_TOKENS, check_attention, check_
 
 
 def decode_attention_ref(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    num_tokens, num_slots = q.shape[1], k_cache.shape[1]
+    num_tokens, num_positions = q.shape[1], k_cache.shape[1]
     ends = lengths[:, None] - num_tokens + 1 + torch.arange(num_tokens, device=q.device)  # [B, T]
-    visible = torch.arange(num_slots, device=q.device) < ends[..., None]  # [B, T, S]
+    visible = torch.arange(num_positions, device=q.device) < ends[..., None]  # [B, T, S]
     sees = visible.any(-1, keepdim=True)
     q, k, v = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     out = F.scaled_dot_product_attention(
@@ -30,18 +30,29 @@ def decode_attention_ref(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: T
 
 
 def _one_length(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -> Tensor:
-    """The reference where every row sees the first `length` slots: they are cut out, and nothing is masked."""
+    """The reference if every request sees the first `length` positions: slices them and needs no mask."""
     q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, :length], v_cache[:, :length]))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of the newest T tokens to the filled slots of a static cache.
+    """Attention of the newest T tokens to the filled positions of a static KV cache.
 
-    q: [B, T, H, D], T at most 8; k_cache, v_cache: [B, S, Hkv, D], any strides; lengths: [B], int32 or int64, counting
-    the T tokens, which are in the cache already. Returns [B, T, H, D]. Raises ValueError on any other shape or dtype
-    and, on a CPU, on a length outside [0, S]; on a GPU that would wait for the device, so there it is cut to [0, S].
-    The kernels take D in multiples of 16 up to 128.
+    Args:
+        q: Queries [B, T, H, D], T at most 8. The kernels take D in multiples of 16 up to 128, in fp32, fp16 or bf16.
+        k_cache: Keys [B, S, Hkv, D] in q's dtype, any strides. The T tokens' own keys are already in it.
+        v_cache: Values like k_cache.
+        lengths: int32 or int64 [B], number of filled positions, the T tokens included.
+
+    Returns:
+        [B, T, H, D] in q's dtype. No gradient.
+
+    Raises:
+        ValueError: A shape, dtype or device is wrong, or, on a CPU, a length leaves [0, S]. A GPU does not check
+            lengths, because that would wait for the device: it clamps them to [0, S].
+
+    Source:
+        Flash-Decoding (PyTorch blog, October 2023).
     """
     check_attention("decode_attention", q, k_cache, v_cache, "k_cache", "v_cache")
     if q.shape[1] > MAX_TOKENS:
@@ -58,7 +69,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
             return decode_attention_ref(q, k_cache, v_cache, lengths)
         known = set(lengths.tolist())
         if known and (min(known) < 0 or max(known) > k_cache.shape[1]):
-            raise ValueError(f"decode_attention: lengths leave the {k_cache.shape[1]} slots: {lengths.tolist()}")
+            raise ValueError(
+                f"decode_attention: lengths must be within the {k_cache.shape[1]} positions, got {lengths.tolist()}"
+            )
         if q.shape[1] == 1 and len(known) == 1 and 0 not in known:
             return _one_length(q, k_cache, v_cache, *known)
         return decode_attention_ref(q, k_cache, v_cache, lengths)

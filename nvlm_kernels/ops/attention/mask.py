@@ -1,11 +1,11 @@
-"""Who sees which image tokens: one interval [start, end) of keys per text row, never a dense matrix.
+"""Which image tokens each text token sees: one interval [start, end) of keys per token, never a dense matrix.
 
-    row of tile k's tag (every sub-token)     that tile's keys
-    other row behind an image                 all keys of its document's images so far
-    row before any image                      [x, x): nothing
-    row inside an image that is no tag        the images before it
+    token of the tag of tile k (every sub-token)    the keys of that tile
+    other token after an image                      all keys of its document's images so far
+    token before any image                          nothing: [x, x)
+    token inside an image but not in a tag          the images before it
 
-One NVLM-X prompt of two words, a two-tile image with its thumbnail and two words, P = 2 keys a tile:
+An NVLM-X prompt of two words, an image of two tiles and a thumbnail, and two words, with P = 2 keys per tile:
 
     What .  . . . . . .
     is   .  . . . . . .
@@ -15,12 +15,12 @@ One NVLM-X prompt of two words, a two-tile image with its thumbnail and two word
     here .  # # # # # #
     ?    .  # # # # # #
 
-B rows of a batch, T tokens, S keys. Packed rows hold several documents, and a document sees its own images only.
-A chunk of a prompt has the same intervals as the same rows of the whole: `tile_mask(...)[:, first:end]`.
-Vectorised and without a host sync, so it may run on the device: events are scattered to their tokens, and running
-maxima and sums carry them on. Integers of a few kilobytes: bound by launches, so it is plain torch.
-Source: NVLM paper (arXiv 2409.11402) section 4.3 for the tags; the other rows are this project's rule, because the
-paper leaves them open.
+B rows of a batch, T tokens, S keys. A packed row holds several documents, and a document sees its own images only. A
+chunk of a prompt has the intervals of the same tokens in the whole prompt: `tile_mask(...)[:, first:end]`.
+Bound: launches; it is a few kilobytes of integers, so plain torch does it. It is vectorised and needs no host sync, so
+it can run on the device: events are scattered to their tokens, and running maxima and sums carry them forward.
+Source: NVLM paper (arXiv 2409.11402) section 4.3 for the tags. The paper leaves the other tokens open; their rule is
+this project's.
 """
 
 import torch
@@ -29,18 +29,29 @@ from torch import Tensor
 
 
 def _scatter(index: Tensor, value: Tensor, length: int) -> Tensor:
-    """[B, n] values added up at [B, n] tokens of [B, length + 1]; the last place takes what begins after the end."""
+    """Adds values [B, n] at tokens [B, n] of a new [B, length + 1]; the last entry takes what begins past the end."""
     zeros = torch.zeros(len(index), length + 1, dtype=torch.int64, device=index.device)
     return zeros.scatter_add_(1, index.clamp(max=length), value)
 
 
 def tile_mask(tags: Tensor, images: Tensor, length: int, documents: Tensor | None = None) -> Tensor:
-    """Intervals [B, length, 2], int64, from spans.
+    """Computes the intervals of tokens from the spans of tags, images and documents.
 
-    tags: [B, n, 4] of (first token, end token, first key, end key), one a tile tag, not overlapping; images: [B, m, 2]
-    of (token behind the image, end of its keys), in order; documents: [B, d, 2] of (first token, first key), in order,
-    one document a row where None. Rows of a batch are padded with spans whose tokens are `length`. All int64.
-    Raises ValueError for another shape or dtype.
+    Args:
+        tags: int64 [B, n, 4], one per tile tag: (first token, end token, first key, end key). Tags do not overlap.
+        images: int64 [B, m, 2], one per image, in order: (first token after the image, end of its keys).
+        length: T, number of tokens per row.
+        documents: int64 [B, d, 2], one per document, in order: (first token, first key). Default: one document per row.
+            Spans that pad a row have `length` as their tokens.
+
+    Returns:
+        Intervals int64 [B, length, 2].
+
+    Raises:
+        ValueError: A shape or dtype is wrong.
+
+    Source:
+        NVLM paper (arXiv 2409.11402) section 4.3.
     """
     for name, spans, width in (("tags", tags, 4), ("images", images, 2), ("documents", documents, 2)):
         if spans is None:
@@ -49,16 +60,16 @@ def tile_mask(tags: Tensor, images: Tensor, length: int, documents: Tensor | Non
             expected = f"int64 [{tags.shape[0]}, n, {width}]"
             raise ValueError(f"tile_mask: {name} must be {expected}, got {spans.dtype} {tuple(spans.shape)}")
     first, end, first_key, end_key = tags.unbind(-1)
-    # The keys' ends only grow along a row, so the latest image behind which a token stands has the largest.
+    # The ends of the keys only grow along a row: of the images before a token, the last one has the largest end.
     seen = tags.new_zeros(len(tags), length + 1)
     seen = seen.scatter_reduce(1, images[..., 0].clamp(max=length), images[..., 1], "amax").cummax(1).values
     since = torch.zeros_like(seen)
     if documents is not None:
         since = since.scatter_reduce(1, documents[..., 0].clamp(max=length), documents[..., 1], "amax").cummax(1).values
-    seen = seen.maximum(since)  # a document without images: nothing, [x, x)
+    seen = seen.maximum(since)  # a document without images sees nothing: [x, x)
 
     def inside(value: Tensor) -> Tensor:
-        """The value of the tag a token belongs to, 0 outside."""
+        """The value of the tag that a token belongs to, 0 outside tags."""
         return (_scatter(first, value, length) - _scatter(end, value, length)).cumsum(1)
 
     tagged = inside(torch.ones_like(first)) > 0
@@ -69,12 +80,22 @@ def tile_mask(tags: Tensor, images: Tensor, length: int, documents: Tensor | Non
 
 
 def tile_mask_from_ids(input_ids: Tensor, tag_ids: Tensor, last: int, tokens_per_tile: int) -> Tensor:
-    """Intervals [B, T, 2] of token ids alone, where the n-th tag of a row owns keys [(n-1)P, nP).
+    """Computes the intervals from token ids alone; the n-th tag of a row owns the keys [(n-1)P, nP).
 
-    input_ids: [B, T]; tag_ids: [num_tags, L], every tag's ids, short ones filled up with -1, both int64; last: the row
-    of tag_ids with which an image ends, the thumbnail's; P tokens_per_tile. Ids say no more than text does: words that
-    spell a tag are taken for one, so a caller who has the spans uses `tile_mask`.
-    Raises ValueError for another shape, dtype or row.
+    Ids carry no more than text does: words that spell a tag are taken for a tag. A caller who knows the spans uses
+    `tile_mask`.
+
+    Args:
+        input_ids: int64 [B, T].
+        tag_ids: int64 [num_tags, L], the token ids of every tag, padded with -1.
+        last: Row of tag_ids that ends an image, the thumbnail's.
+        tokens_per_tile: P, image tokens per tile.
+
+    Returns:
+        Intervals int64 [B, T, 2].
+
+    Raises:
+        ValueError: A shape, a dtype, `last` or `tokens_per_tile` is wrong.
     """
     for name, ids in (("input_ids", input_ids), ("tag_ids", tag_ids)):
         if ids.dim() != 2 or ids.dtype != torch.int64:
@@ -88,23 +109,41 @@ def tile_mask_from_ids(input_ids: Tensor, tag_ids: Tensor, last: int, tokens_per
     windows = F.pad(input_ids, (0, width), value=-2).unfold(1, width, 1)[:, :length]  # [B, T, L]
     hits = ((windows[:, :, None] == tag_ids) | (tag_ids < 0)).all(-1)  # [B, T, num_tags]
     begins = hits.any(-1)
-    ends = places + (hits * (tag_ids >= 0).sum(-1)).amax(-1)  # of the longest tag that begins here
+    ends = places + (hits * (tag_ids >= 0).sum(-1)).amax(-1)  # the end of the longest tag that begins here
     number = begins.cumsum(1)
     first_key, end_key = (number - 1) * tokens_per_tile, number * tokens_per_tile
-    first, end = (torch.where(begins, place, length) for place in (places, ends))  # no tag: behind the last token
+    first, end = (torch.where(begins, place, length) for place in (places, ends))  # no tag: past the last token
     tags = torch.stack([first, end, first_key, end_key], dim=-1)
     images = torch.stack([torch.where(hits[..., last], ends, length), end_key], dim=-1)
     return tile_mask(tags, images, length)
 
 
 def to_dense(intervals: Tensor, num_keys: int) -> Tensor:
-    """bool [..., num_keys] of intervals [..., 2]: for tests and pictures."""
+    """Converts intervals to a dense mask, for tests and drawings.
+
+    Args:
+        intervals: Integers [..., 2].
+        num_keys: S, number of keys.
+
+    Returns:
+        bool [..., S], True where a token sees a key.
+    """
     keys = torch.arange(num_keys, device=intervals.device)
     return (keys >= intervals[..., :1]) & (keys < intervals[..., 1:])
 
 
 def draw_tile_mask(intervals: Tensor, num_keys: int, tokens_per_tile: int, labels: list[str] | None = None) -> str:
-    """A picture of one row's intervals [T, 2]: a line a token, a column a tile, '#' seen, '+' partly, '.' not."""
+    """Draws intervals as text: one line per token and one column per tile.
+
+    Args:
+        intervals: Integers [T, 2] of one row.
+        num_keys: S, number of keys.
+        tokens_per_tile: P, keys per tile.
+        labels: One label per token. Default: the token's index.
+
+    Returns:
+        Lines of '#' (the token sees the whole tile), '+' (a part of it) and '.' (none of it).
+    """
     dense = to_dense(intervals, num_keys).float()
     columns = [tile.mean(-1) for tile in dense.split(tokens_per_tile, dim=-1)] if num_keys else []
     labels = [str(i) for i in range(len(dense))] if labels is None else labels

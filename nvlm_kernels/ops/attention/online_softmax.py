@@ -1,14 +1,17 @@
-"""Rows of queries against the keys their intervals show: what tile_attention and split_attention share.
+"""Online softmax of query rows over intervals of keys: the device functions of tile_attention and split_attention.
 
-A block of rows is BLOCK_M pairs (token, query head) of one kv head, token by token, so k and v are read once for all
-G = H / Hkv query heads and a block spans few tokens. Between the first start and the last end of its rows lie
+A row is a pair (token, query head). A block holds BLOCK_M rows of one kv head, token by token, so k and v are read once
+for all G = H / Hkv query heads, and a block spans few tokens. The keys between the first start and the last end of a
+block's rows are processed in blocks of BLOCK_N:
 
-    full blocks      of keys that every row sees: read and used as they are
-    masked blocks    the others: a key that no row sees is not read, and 0 stands for it
+    full blocks      every row sees every key: read and used as they are
+    masked blocks    all others: a key that no row sees is not read, and counts as 0
 
-so memory that no row may see can hold anything, NaN too, and is no traffic. A gap between a block's intervals costs
-arithmetic, but no bytes: a branch around it would end the load pipeline. Full blocks come first, then the masked
-ones before and behind them, for an online softmax takes keys in any order. Scores are in base 2, fp32.
+So memory that no row sees may hold anything, NaN too, and costs no traffic. A gap between the intervals of a block
+costs arithmetic but no bytes: a branch around it would end the load pipeline. An online softmax takes keys in any
+order: the full blocks come first, then the masked blocks before and after them.
+Numerics: scores are in base 2, in fp32.
+Source: FlashAttention-2 (arXiv 2307.08691).
 """
 
 import triton
@@ -19,21 +22,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def row_intervals(
-    seen_ptr, batch, first, num_tokens, num_keys, G: tl.constexpr, FROM_LENGTH: tl.constexpr, BLOCK_M: tl.constexpr
+    intervals_ptr, batch, first, num_tokens, num_keys, G: tl.constexpr, FROM_LENGTH: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Token, query head of its group, start and end, each [BLOCK_M], of the rows from `first`.
+    """Returns token, query head within the group, start and end of BLOCK_M rows from row `first`, each [BLOCK_M].
 
-    seen_ptr: [B, T, 2] intervals or, FROM_LENGTH, [B] numbers of keys the last token sees, the one before one less.
-    Rows behind the last are empty. What leaves the keys is cut off here: no host can look at it without waiting.
+    intervals_ptr: intervals [B, T, 2]; or, with FROM_LENGTH, lengths [B]: the last token sees `length` keys, each token
+    before it one less. Rows past the last token see nothing. Intervals are clamped to the keys here, because the host
+    cannot check them without waiting for the device.
     """
     rows = (first + tl.arange(0, BLOCK_M)).to(tl.int32)
     token = rows // G
     inside = token < num_tokens
     if FROM_LENGTH:
         start = tl.zeros([BLOCK_M], tl.int64)
-        end = tl.load(seen_ptr + batch).to(tl.int64) - num_tokens + 1 + token
+        end = tl.load(intervals_ptr + batch).to(tl.int64) - num_tokens + 1 + token
     else:
-        at = seen_ptr + (batch.to(tl.int64) * num_tokens + token) * 2
+        at = intervals_ptr + (batch.to(tl.int64) * num_tokens + token) * 2
         start = tl.load(at, mask=inside, other=0).to(tl.int64)
         end = tl.load(at + 1, mask=inside, other=0).to(tl.int64)
     start = tl.minimum(tl.maximum(start, 0), num_keys).to(tl.int32)
@@ -42,15 +46,47 @@ def row_intervals(
 
 
 @triton.jit
-def hull(start, end, num_keys):
-    """From the first to behind the last key any row sees; the wrong way round where there are none."""
+def load_queries(
+    q_ptr,
+    intervals_ptr,
+    batch,
+    group,
+    first,
+    num_tokens,
+    num_keys,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    G: tl.constexpr,
+    FROM_LENGTH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The start of every kernel over query rows: q [BLOCK_M, BLOCK_D], 0 in rows that see nothing, and the rows' token,
+    query head, start and end, each [BLOCK_M].
+    """
+    token, member, start, end = row_intervals(
+        intervals_ptr, batch, first, num_tokens, num_keys, G, FROM_LENGTH, BLOCK_M
+    )
+    head = group * G + member
+    offs_d = tl.arange(0, BLOCK_D)
+    at = q_ptr + batch * stride_qb + token.to(tl.int64) * stride_qt + head * stride_qh
+    mask = (start < end)[:, None] & (offs_d < D)[None, :]
+    q = tl.load(at[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    return q, token, head, start, end
+
+
+@triton.jit
+def key_range(start, end, num_keys):
+    """The first key that any row sees, and the end of the last one; lo > hi if no row sees any."""
     sees = start < end
     return tl.min(tl.where(sees, start, num_keys), 0), tl.max(tl.where(sees, end, 0), 0)
 
 
 @triton.jit
 def key_blocks(start, end, lo, hi, BLOCK_N: tl.constexpr):
-    """Of the blocks between lo and hi: how many before the full ones, how many full, how many masked in all."""
+    """Of the blocks between lo and hi: the number before the full ones, of full ones, and of masked ones in all."""
     sees = start < end
     num = tl.maximum(hi - lo + BLOCK_N - 1, 0) // BLOCK_N
     all_lo = tl.maximum(tl.max(tl.where(sees, start, 0), 0), lo)
@@ -62,7 +98,7 @@ def key_blocks(start, end, lo, hi, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def visible_keys(start, end, first, BLOCK_N: tl.constexpr):
-    """Which row sees which of the BLOCK_N keys from `first`, and which keys any row sees."""
+    """Of the BLOCK_N keys from `first`: which row sees which, [BLOCK_M, BLOCK_N], and which any sees, [BLOCK_N]."""
     keys = first + tl.arange(0, BLOCK_N)
     visible = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
     return visible, tl.max(visible.to(tl.int32), 0) > 0
@@ -72,7 +108,7 @@ def visible_keys(start, end, first, BLOCK_N: tl.constexpr):
 def load_keys(
     ptr, stride, first, wanted, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """[BLOCK_N, BLOCK_D] of k or v from key `first`: all keys or, MASKED, the wanted ones and 0 for the others."""
+    """Loads [BLOCK_N, BLOCK_D] of k or v from key `first`; with MASKED, only the wanted keys, and 0 for the others."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     at = ptr + first.to(tl.int64) * stride + offs_n[:, None] * stride + offs_d[None, :]
     lanes = (offs_d < D)[None, :]
@@ -95,8 +131,8 @@ def _attend_block(
     v_ptr,
     stride_k,
     stride_v,
-    peak,
-    total,
+    row_max,
+    row_sum,
     acc,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
@@ -109,15 +145,15 @@ def _attend_block(
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2E)
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    new = tl.maximum(peak, tl.max(scores, 1))
-    shift = new
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = new_max
     if MASKED:
-        shift = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen nothing so far
     p = tl.exp2(scores - shift[:, None])
-    decay = tl.exp2(peak - shift)
+    decay = tl.exp2(row_max - shift)
     v = load_keys(v_ptr, stride_v, first, wanted, MASKED, D, BLOCK_N, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new, total * decay + tl.sum(p, 1), acc
+    return new_max, row_sum * decay + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -137,23 +173,26 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Row maximum in base 2, sum, and sum of v, not yet divided, of q [BLOCK_M, BLOCK_D] over the keys lo to hi.
+    """Attention of q [BLOCK_M, BLOCK_D] over the keys lo to hi: row max in base 2, row sum, and undivided sum of v.
 
-    A row without a key there has maximum -inf and sums 0; an empty row may have the sums of keys others see.
+    A row that sees no key there has row max -inf and sums of 0. A row that sees no key at all may have the sums of keys
+    that other rows see: the caller masks it.
     """
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     before, full, masked = key_blocks(start, end, lo, hi, BLOCK_N)
-    end = tl.minimum(end, hi)  # not before: a row whose keys all lie behind hi sees something, elsewhere
+    end = tl.minimum(end, hi)  # not earlier: a row whose keys all lie after hi is not empty
     for i in range(full):
         first = lo + (before + i) * BLOCK_N
-        peak, total, acc = _attend_block(
-            q, start, end, first, k_ptr, v_ptr, stride_k, stride_v, peak, total, acc, False, SCALE, D, BLOCK_N, BLOCK_D
-        )
+        row_max, row_sum, acc = _attend_block(
+            q, start, end, first, k_ptr, v_ptr, stride_k, stride_v, row_max, row_sum, acc,
+            False, SCALE, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
     for i in range(masked):
         first = lo + tl.where(i < before, i, i + full) * BLOCK_N
-        peak, total, acc = _attend_block(
-            q, start, end, first, k_ptr, v_ptr, stride_k, stride_v, peak, total, acc, True, SCALE, D, BLOCK_N, BLOCK_D
-        )
-    return peak, total, acc
+        row_max, row_sum, acc = _attend_block(
+            q, start, end, first, k_ptr, v_ptr, stride_k, stride_v, row_max, row_sum, acc,
+            True, SCALE, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    return row_max, row_sum, acc

@@ -1,18 +1,20 @@
-"""Attention of 1 to 8 tokens to a long cache of keys: split over the keys, so that a few rows fill the device.
+"""Attention of 1 to 8 tokens to many keys, split over the keys so that few rows fill the device.
 
-    out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(D)) v[s]      over start[t] <= s < end[t], 0 where there are none
+    out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(D)) v[s]      over start[t] <= s < end[t]; 0 if there are none
 
-q, out: [B, T, H, D]    k, v: [B, S, Hkv, D]    T at most 8    no gradients: decoding only
-seen: [B, T, 2] intervals [start, end), or [B] lengths, and then row t sees [0, length - T + 1 + t).
-Every program takes one share of the keys its rows see, shares being equal whatever the intervals are, and leaves a
-maximum m, a sum l and a weighted sum of v in fp32; a second kernel adds the shares of a row up,
+q, out: [B, T, H, D]    k, v: [B, S, Hkv, D]    T at most 8    no gradients: for decoding only
+intervals: [B, T, 2] of [start, end); or lengths [B], and then token t sees [0, length - T + 1 + t).
+
+The keys that a block of rows sees are divided into equal splits, whatever the intervals are. One program per split
+leaves a row max m, a row sum l and a weighted sum of v in fp32; a second kernel combines the splits of each row:
 
     out = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i      m = max_i m_i
 
-A share of nothing leaves m = -inf, l = 0, and its acc is neither written nor read. The grid depends on shapes alone and
-nothing waits for the device, so a CUDA graph holds for every length. Two readers: tile_attention and decode_attention.
-Bound: memory, the bytes of the visible k and v; the shares add 2 * 4 * num_splits * T * H * D bytes.
-Numerics: as tile_attention forward. Source: flash-decoding (PyTorch blog, October 2023).
+An empty split leaves m = -inf and l = 0, and its acc is neither written nor read. The grid depends on shapes alone and
+nothing waits for the device, so one CUDA graph serves every length. tile_attention and decode_attention call this.
+Bound: memory, the bytes of the visible k and v; the splits add 2 * 4 * num_splits * T * H * D bytes.
+Numerics: as the forward of tile_attention.
+Source: Flash-Decoding (PyTorch blog, October 2023).
 """
 
 import torch
@@ -22,21 +24,21 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from nvlm_kernels._backend import triton_op
-from nvlm_kernels.ops.attention.online_softmax import attend, hull, row_intervals
+from nvlm_kernels.ops.attention.online_softmax import attend, key_range, load_queries
 
 MAX_TOKENS = 8
-PROGRAMS = 128  # about one for each multiprocessor of an H100 (132); chosen, not measured
+PROGRAMS = 128  # about one per multiprocessor of an H100 (132); chosen, not measured
 
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, keys: str = "k", values: str = "v") -> None:
-    """What every attention op asks of q, k and v."""
+    """Raises ValueError unless q [B, T, H, D] and k, v [B, S, Hkv, D] fit each other. keys, values: their names."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"{op}: q, {keys}, {values} must be [B, T, H, D] and [B, S, Hkv, D] twice, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{op}: {q.shape[2]} heads of q are no multiple of {k.shape[2]} of {keys}")
+        raise ValueError(f"{op}: the {q.shape[2]} heads of q must be a multiple of the {k.shape[2]} heads of {keys}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"{op}: q, {keys}, {values} must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
@@ -44,7 +46,7 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, keys: str = "k", v
 
 
 def check_kernel(op: str, q: Tensor) -> None:
-    """What the kernels ask beyond it."""
+    """Raises ValueError unless the kernels support q's head dim and dtype."""
     if q.shape[3] % 16 or not 16 <= q.shape[3] <= 128:
         raise ValueError(f"{op}: head dim of q must be a multiple of 16 up to 128, got {q.shape[3]}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -52,18 +54,18 @@ def check_kernel(op: str, q: Tensor) -> None:
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
-    """t itself if its last axis is contiguous: kernels take any other strides, so a view of a cache is not copied."""
+    """Returns t with a contiguous last axis. Kernels take any other strides, so a view of a cache is not copied."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 @triton.jit
-def _share_kernel(
+def _split_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    seen_ptr,
-    peak_ptr,
-    total_ptr,
+    intervals_ptr,
+    max_ptr,
+    sum_ptr,
     acc_ptr,
     num_tokens,
     num_keys,
@@ -91,35 +93,35 @@ def _share_kernel(
     batch = tl.program_id(2).to(tl.int64) // groups
     group = tl.program_id(2).to(tl.int64) % groups
     first_row = tl.program_id(1).to(tl.int64) * BLOCK_M
-    token, member, start, end = row_intervals(seen_ptr, batch, first_row, num_tokens, num_keys, G, FROM_LENGTH, BLOCK_M)
-    head = group * G + member
-    lo, hi = hull(start, end, num_keys)
-    share = (tl.maximum(hi - lo, 0) + num_splits * BLOCK_N - 1) // (num_splits * BLOCK_N) * BLOCK_N
-    lo = lo + split.to(tl.int32) * share
-    hi = tl.minimum(lo + share, hi)
-    sees = start < end
-    offs_d = tl.arange(0, BLOCK_D)
-    lanes = (offs_d < D)[None, :]
-    at_q = q_ptr + batch * stride_qb + token.to(tl.int64) * stride_qt + head * stride_qh
-    q = tl.load(at_q[:, None] + offs_d[None, :], mask=sees[:, None] & lanes, other=0.0)
+    q, token, head, start, end = load_queries(
+        q_ptr, intervals_ptr, batch, group, first_row, num_tokens, num_keys, stride_qb, stride_qt, stride_qh,
+        G, FROM_LENGTH, D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    lo, hi = key_range(start, end, num_keys)
+    keys_per_split = (tl.maximum(hi - lo, 0) + num_splits * BLOCK_N - 1) // (num_splits * BLOCK_N) * BLOCK_N
+    lo = lo + split.to(tl.int32) * keys_per_split
+    hi = tl.minimum(lo + keys_per_split, hi)
     k_ptr += batch * stride_kb + group * stride_kh
     v_ptr += batch * stride_vb + group * stride_vh
-    peak, total, acc = attend(
+    row_max, row_sum, acc = attend(
         q, start, end, lo, hi, k_ptr, v_ptr, stride_ks, stride_vs, SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D
     )
-    peak = tl.where(sees, peak, float("-inf"))
+    sees = start < end
+    row_max = tl.where(sees, row_max, float("-inf"))
+    offs_d = tl.arange(0, BLOCK_D)
+    lanes = (offs_d < D)[None, :]
     inside = token < num_tokens
     row = ((split * (tl.num_programs(2) // groups) + batch) * num_tokens + token) * num_heads + head
-    tl.store(peak_ptr + row, peak, mask=inside)
-    tl.store(total_ptr + row, tl.where(sees, total, 0.0), mask=inside)
-    written = inside & (peak > float("-inf"))
+    tl.store(max_ptr + row, row_max, mask=inside)
+    tl.store(sum_ptr + row, tl.where(sees, row_sum, 0.0), mask=inside)
+    written = inside & (row_max > float("-inf"))
     tl.store(acc_ptr + row[:, None] * D + offs_d[None, :], acc, mask=written[:, None] & lanes)
 
 
 @triton.jit
-def _sum_kernel(
-    peak_ptr,
-    total_ptr,
+def _combine_kernel(
+    max_ptr,
+    sum_ptr,
     acc_ptr,
     out_ptr,
     num_splits,
@@ -132,19 +134,19 @@ def _sum_kernel(
     split = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
     at = split.to(tl.int64) * num_rows + row
-    peak = tl.load(peak_ptr + at, mask=split < num_splits, other=float("-inf"))
-    sees = peak > float("-inf")
-    total = tl.load(total_ptr + at, mask=sees, other=0.0)
+    split_max = tl.load(max_ptr + at, mask=split < num_splits, other=float("-inf"))
+    sees = split_max > float("-inf")
+    split_sum = tl.load(sum_ptr + at, mask=sees, other=0.0)
     acc = tl.load(acc_ptr + at[:, None] * D + offs_d[None, :], mask=sees[:, None] & (offs_d < D)[None, :], other=0.0)
-    top = tl.max(peak, 0)
-    weight = tl.exp2(peak - tl.where(top > float("-inf"), top, 0.0))  # 0, not NaN, in a row that sees nothing
-    norm = tl.sum(weight * total, 0)
-    out = tl.sum(weight[:, None] * acc, 0) / tl.where(norm > 0, norm, 1.0)
+    row_max = tl.max(split_max, 0)
+    weight = tl.exp2(split_max - tl.where(row_max > float("-inf"), row_max, 0.0))  # 0, not NaN, in an empty row
+    row_sum = tl.sum(weight * split_sum, 0)
+    out = tl.sum(weight[:, None] * acc, 0) / tl.where(row_sum > 0, row_sum, 1.0)
     tl.store(out_ptr + row * D + offs_d, out, mask=offs_d < D)
 
 
 def _sizes(q: Tensor, k: Tensor) -> dict[str, int]:
-    """All rows of a token, or of several, up to 64; keys and warps as `_sizes` of tile_attention chooses them."""
+    """Launch options: all rows of one or more tokens, up to 64; keys and warps as in `_sizes` of tile_attention."""
     rows = max(16, triton.next_power_of_2(q.shape[1] * (q.shape[2] // k.shape[2])))
     width = triton.next_power_of_2(q.shape[3])
     if q.dtype == torch.float32:
@@ -157,32 +159,42 @@ def _sizes(q: Tensor, k: Tensor) -> dict[str, int]:
 
 
 @triton_op("nvlm::split_attention", mutates_args=())
-def _split(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_splits: int) -> Tensor:
+def _split(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, num_splits: int) -> Tensor:
     batch, num_tokens, num_heads, head_dim = q.shape
     num_keys, groups = k.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    peak, total = torch.empty(2, num_splits, *q.shape[:3], dtype=torch.float32, device=q.device).unbind()
+    row_max, row_sum = torch.empty(2, num_splits, *q.shape[:3], dtype=torch.float32, device=q.device).unbind()
     acc = torch.empty(num_splits, *q.shape, dtype=torch.float32, device=q.device)
     sizes = _sizes(q, k)
     grid = (num_splits, triton.cdiv(num_tokens * (num_heads // groups), sizes["BLOCK_M"]), batch * groups)
-    wrap_triton(_share_kernel)[grid](
-        q, k, v, seen, peak, total, acc, num_tokens, num_keys, num_heads,
+    wrap_triton(_split_kernel)[grid](
+        q, k, v, intervals, row_max, row_sum, acc, num_tokens, num_keys, num_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        G=num_heads // groups, FROM_LENGTH=seen.dim() == 1, SCALE=head_dim**-0.5, D=head_dim, **sizes,
+        G=num_heads // groups, FROM_LENGTH=intervals.dim() == 1, SCALE=head_dim**-0.5, D=head_dim, **sizes,
     )  # fmt: skip
     num_rows = batch * num_tokens * num_heads
-    wrap_triton(_sum_kernel)[(num_rows,)](
-        peak, total, acc, out, num_splits, num_rows,
+    wrap_triton(_combine_kernel)[(num_rows,)](
+        row_max, row_sum, acc, out, num_splits, num_rows,
         D=head_dim, BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_D=sizes["BLOCK_D"], num_warps=4,
     )  # fmt: skip
     return out
 
 
-def split_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, num_splits: int | None = None) -> Tensor:
-    """The kernels on inputs that their caller has checked; num_splits is for tests, by shape where None."""
+def split_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, num_splits: int | None = None) -> Tensor:
+    """Runs the kernels on inputs that the caller has checked.
+
+    Args:
+        q: [B, T, H, D], T at most MAX_TOKENS.
+        k, v: [B, S, Hkv, D], any strides.
+        intervals: [B, T, 2] intervals or [B] lengths, integers.
+        num_splits: Number of splits of the keys. Default: chosen from the shapes; tests set it.
+
+    Returns:
+        [B, T, H, D] in q's dtype.
+    """
     if num_splits is None:
         sizes = _sizes(q, k)
         blocks = q.shape[0] * k.shape[2] * triton.cdiv(q.shape[1] * (q.shape[2] // k.shape[2]), sizes["BLOCK_M"])
         num_splits = max(1, min(PROGRAMS // blocks, triton.cdiv(k.shape[1], sizes["BLOCK_N"])))
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
-    return _split(q, k, v, seen.contiguous(), num_splits)
+    return _split(q, k, v, intervals.contiguous(), num_splits)

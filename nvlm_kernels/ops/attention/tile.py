@@ -1,23 +1,23 @@
-"""Attention from text rows to image tokens, where each row sees one interval of them.
+"""Attention from text tokens to image tokens, where each text token sees one interval of them.
 
     out[t] = sum_s softmax_s(q[t] . k[s] / sqrt(D)) v[s]      over start[t] <= s < end[t]
     out[t] = 0                                                where start[t] >= end[t]
 
 q, out: [B, T, H, D]    k, v: [B, S, Hkv, D], H a multiple of Hkv    intervals: [B, T, 2] integers.
-A row with an empty interval gives exactly 0, and sends exactly 0 into every gradient. With p the softmax, dout the
-gradient of out, and every sum over visible pairs only (dk, dv: over the query heads of the kv head as well):
+A token with an empty interval gives exactly 0 and sends exactly 0 into every gradient. With p the softmax, dout the
+gradient of out, and every sum over visible pairs only (dk, dv: also over the query heads of the kv head):
 
     delta[t] = dout[t] . out[t]      ds[t, s] = p[t, s] (dout[t] . v[s] - delta[t]) / sqrt(D)
     dq[t] = sum_s ds[t, s] k[s]      dk[s] = sum_t ds[t, s] q[t]      dv[s] = sum_t p[t, s] dout[t]
 
-Bound: flops in prefill, 4 D a visible pair and query head forward and 10 D backward (14 D as done: scores are computed
-again in both backward kernels); the bytes of the visible k and v in decode, where up to 8 rows take `split_attention`.
-What no row of a block sees is not read (see `online_softmax`), forward or backward, and may hold NaN.
-Numerics: scores, softmax and sums in fp32, p and ds rounded to the inputs' dtype for their products, as flash-attention
-does; the log-sum-exp of a row is kept for backward, +inf for an empty one, so that its p is 0. dk and dv are summed by
-one program a block of keys, without atomics: the same bits every run.
-Source: NVLM paper (arXiv 2409.11402) section 4.3, a tile tag reads its own tile; the interval form follows
-attention-gym's Flamingo mask; the kernels follow flash-attention 2 (arXiv 2307.08691).
+Bound: prefill by flops, 4 D per visible pair and query head forward and 10 D backward (14 D as implemented: both
+backward kernels compute the scores again); decoding by the bytes of the visible k and v, where up to 8 tokens take
+`split_attention`. Keys that no row of a block sees are not read (see `online_softmax`) and may hold NaN.
+Numerics: scores, softmax and sums are in fp32; p and ds are rounded to the inputs' dtype for their products, as in
+flash-attention. The backward uses the log-sum-exp of each row, which is +inf for an empty row, so that its p is 0. One
+program sums dk and dv of a block of keys, without atomics: the same bits every run.
+Source: NVLM paper (arXiv 2409.11402) section 4.3: a tile tag sees its own tile. The interval form follows
+attention-gym's Flamingo mask; the kernels follow FlashAttention-2 (arXiv 2307.08691).
 """
 
 import torch
@@ -31,37 +31,38 @@ from nvlm_kernels._backend import has_values, triton_op, use_triton
 from nvlm_kernels.ops.attention.online_softmax import (
     LOG2E,
     attend,
-    hull,
     key_blocks,
+    key_range,
     load_keys,
+    load_queries,
     row_intervals,
     visible_keys,
 )
 from nvlm_kernels.ops.attention.split import MAX_TOKENS, check_attention, check_kernel, rows_contiguous, split_attention
 
-INTERVAL_CHUNK = 128  # tokens whose intervals a dk, dv program reads at a time
+INTERVAL_CHUNK = 128  # tokens whose intervals a program of the dk, dv kernel reads at once
 
 
 def tile_attention_ref(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
     if k.shape[1] == 0:
-        # No image at all: zeros that still belong to the graph of q, k and v.
+        # No image: zeros that still belong to the autograd graph of q, k and v.
         return q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0) + (k.sum() + v.sum())
     start, end = intervals[..., :1], intervals[..., 1:]
-    slots = torch.arange(k.shape[1], device=q.device)
+    keys = torch.arange(k.shape[1], device=q.device)
     sees = end > start  # [B, T, 1]
-    visible = ((slots >= start) & (slots < end)) | ~sees  # an empty row looks at all, and is zeroed below
+    visible = ((keys >= start) & (keys < end)) | ~sees  # an empty row sees all keys, and is zeroed below
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
     return torch.where(sees[..., None], out.transpose(1, 2), 0)
 
 
 def tile_attention_by_blocks(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
-    """The reference where a row of the batch is several documents: each against its own keys alone."""
+    """The reference for rows of the batch that hold several documents: each document against its own keys alone."""
     out = []
     for qb, kb, vb, rows in zip(q.split(1), k.split(1), v.split(1), intervals.split(1), strict=True):
         starts = _diagonal_blocks(rows[0])
-        tokens, keys = zip(*starts, (q.shape[1], k.shape[1]), strict=True)
-        tokens, keys = ([b - a for a, b in zip(edges, edges[1:])] for edges in (tokens, keys))
+        edges = zip(*starts, (q.shape[1], k.shape[1]), strict=True)
+        tokens, keys = ([b - a for a, b in zip(at, at[1:])] for at in edges)
         parts = qb.split(tokens, 1), kb.split(keys, 1), vb.split(keys, 1), rows.split(tokens, 1)
         blocks = zip(*parts, (first for _, first in starts), strict=True)
         out.append(torch.cat([tile_attention_ref(qs, ks, vs, seen - first) for qs, ks, vs, seen, first in blocks], 1))
@@ -69,13 +70,14 @@ def tile_attention_by_blocks(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor)
 
 
 def _diagonal_blocks(intervals: Tensor) -> list[tuple[int, int]]:
-    """Where [T, 2] falls apart: (token, key), from (0, 0) on, from which on no token sees a key before, nor one before
-    it a key from there on.
+    """Where the intervals [T, 2] divide into independent blocks: the first (token, key) of each, from (0, 0) on.
+
+    No token of a block sees a key of another block.
     """
     start, end = intervals.unbind(-1)
     sees = end > start
     most = torch.iinfo(intervals.dtype).max
-    reached = torch.where(sees, end, 0).cummax(0).values[:-1]  # by the tokens before
+    reached = torch.where(sees, end, 0).cummax(0).values[:-1]  # the last key that earlier tokens see
     ahead = torch.where(sees, start, most).flip(0).cummin(0).values.flip(0)[1:]
     cuts = 1 + torch.nonzero(sees[1:] & (reached > 0) & (reached <= ahead)).flatten()
     return [(0, 0), *zip(cuts.tolist(), ahead[cuts - 1].tolist(), strict=True)]
@@ -111,26 +113,24 @@ def _fwd_kernel(
     groups = num_heads // G
     batch = (tl.program_id(1) // groups).to(tl.int64)
     group = (tl.program_id(1) % groups).to(tl.int64)
-    token, member, start, end = row_intervals(
-        intervals_ptr, batch, tl.program_id(0).to(tl.int64) * BLOCK_M, num_tokens, num_keys, G, False, BLOCK_M
-    )
-    head = group * G + member
-    lo, hi = hull(start, end, num_keys)
+    q, token, head, start, end = load_queries(
+        q_ptr, intervals_ptr, batch, group, tl.program_id(0).to(tl.int64) * BLOCK_M, num_tokens, num_keys,
+        stride_qb, stride_qt, stride_qh, G, False, D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    lo, hi = key_range(start, end, num_keys)
     sees = start < end
     offs_d = tl.arange(0, BLOCK_D)
     lanes = (offs_d < D)[None, :]
-    at_q = q_ptr + batch * stride_qb + token.to(tl.int64) * stride_qt + head * stride_qh
-    q = tl.load(at_q[:, None] + offs_d[None, :], mask=sees[:, None] & lanes, other=0.0)
     k_ptr += batch * stride_kb + group * stride_kh
     v_ptr += batch * stride_vb + group * stride_vh
-    peak, total, acc = attend(
+    row_max, row_sum, acc = attend(
         q, start, end, lo, hi, k_ptr, v_ptr, stride_ks, stride_vs, SCALE, D, BLOCK_M, BLOCK_N, BLOCK_D
     )
-    out = tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)
+    out = tl.where(sees[:, None], acc / tl.where(sees, row_sum, 1.0)[:, None], 0.0)
     row = (batch * num_tokens + token) * num_heads + head
     inside = token < num_tokens
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out, mask=inside[:, None] & lanes)
-    lse = peak + tl.log2(tl.where(sees, total, 1.0))
+    lse = row_max + tl.log2(tl.where(sees, row_sum, 1.0))
     tl.store(lse_ptr + row, tl.where(sees, lse, float("inf")), mask=inside)
 
 
@@ -197,17 +197,15 @@ def _dq_kernel(
     groups = num_heads // G
     batch = (tl.program_id(1) // groups).to(tl.int64)
     group = (tl.program_id(1) % groups).to(tl.int64)
-    token, member, start, end = row_intervals(
-        intervals_ptr, batch, tl.program_id(0).to(tl.int64) * BLOCK_M, num_tokens, num_keys, G, False, BLOCK_M
-    )
-    head = group * G + member
-    lo, hi = hull(start, end, num_keys)
+    q, token, head, start, end = load_queries(
+        q_ptr, intervals_ptr, batch, group, tl.program_id(0).to(tl.int64) * BLOCK_M, num_tokens, num_keys,
+        stride_qb, stride_qt, stride_qh, G, False, D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    lo, hi = key_range(start, end, num_keys)
     sees = start < end
     offs_d = tl.arange(0, BLOCK_D)
     lanes = (offs_d < D)[None, :]
     read = sees[:, None] & lanes
-    at_q = q_ptr + batch * stride_qb + token.to(tl.int64) * stride_qt + head * stride_qh
-    q = tl.load(at_q[:, None] + offs_d[None, :], mask=read, other=0.0)
     row = (batch * num_tokens + token) * num_heads + head
     at = row[:, None] * D + offs_d[None, :]
     dout = tl.load(dout_ptr + at, mask=read, other=0.0)
@@ -271,7 +269,7 @@ def _dkdv_kernel(
     group = (tl.program_id(1) % groups).to(tl.int64)
     first = (tl.program_id(0).to(tl.int64) * BLOCK_N).to(tl.int32)
     last = tl.minimum(first + BLOCK_N, num_keys)
-    # From the first to the last token that sees any of the keys: only their rows are looked at.
+    # The first and the last token that see any of the keys: only rows between them are processed.
     low = num_tokens
     high = 0
     for chunk in range(0, num_tokens, CHUNK):
@@ -316,10 +314,10 @@ def _dkdv_kernel(
 
 
 def _sizes(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """Of the blocks tried, large ones that spill no register on sm_80, sm_90, sm_100 and gfx942; not timed.
+    """Launch options: of the blocks tried, the largest that spill no register on sm_80, sm_90, sm_100 and gfx942.
 
-    Seen for D of 32, 64, 80, 96 and 128; D of 16 spills 8 bytes in places.
-    fp32 has no matrix unit there and keeps a whole row of q in one thread, so wide heads get small blocks.
+    Checked for D of 32, 64, 80, 96 and 128; D of 16 spills 8 bytes in places. Not timed. fp32 products do not use the
+    matrix unit and keep a whole row of q in one thread, so wide heads get small blocks.
     """
     width = triton.next_power_of_2(head_dim)
     wide, narrow = {
@@ -405,13 +403,26 @@ _fwd.register_autograd(_backward, setup_context=_save)
 
 
 def tile_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
-    """Attention of text rows to the image tokens their interval [start, end) names.
+    """Attention of text tokens to the image tokens in their interval [start, end).
 
-    q: [B, T, H, D]; k, v: [B, S, Hkv, D], any strides; intervals: [B, T, 2], int32 or int64. Returns [B, T, H, D].
-    S may be 0 (no image): every row is then empty. Up to 8 rows that need no gradient take `split_attention`, which
-    has a fixed grid and no host sync, as a CUDA graph needs. Raises ValueError on any other shape or dtype and, on a
-    CPU, on an interval outside [0, S]; on a GPU that would wait for the device, so there it is cut to [0, S].
-    The kernels take D in multiples of 16 up to 128.
+    Up to 8 tokens that need no gradient take `split_attention`, which has a fixed grid and no host sync, as a CUDA
+    graph needs.
+
+    Args:
+        q: Queries [B, T, H, D]. The kernels take D in multiples of 16 up to 128, in fp32, fp16 or bf16.
+        k: Image keys [B, S, Hkv, D] in q's dtype, any strides. S may be 0 (no image): every interval is then empty.
+        v: Image values like k.
+        intervals: int32 or int64 [B, T, 2].
+
+    Returns:
+        [B, T, H, D] in q's dtype. Differentiable in q, k and v.
+
+    Raises:
+        ValueError: A shape, dtype or device is wrong, or, on a CPU, an interval leaves [0, S]. A GPU does not check
+            intervals, because that would wait for the device: it clamps them to [0, S].
+
+    Source:
+        NVLM paper (arXiv 2409.11402) section 4.3; FlashAttention-2 (arXiv 2307.08691).
     """
     check_attention("tile_attention", q, k, v)
     if intervals.shape != (*q.shape[:2], 2) or intervals.dtype not in (torch.int32, torch.int64):
@@ -427,7 +438,8 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor
             outside = intervals[((intervals < 0) | (intervals > k.shape[1])).any(-1)].tolist()
             if outside:
                 raise ValueError(
-                    f"tile_attention: intervals leave the {k.shape[1]} keys: {outside[0]}, {len(outside)} in all"
+                    f"tile_attention: intervals must be within the {k.shape[1]} keys, got {outside[0]} and "
+                    f"{len(outside) - 1} more outside"
                 )
         by_blocks = trained and q.numel() and k.numel() and has_values(intervals)
         return (tile_attention_by_blocks if by_blocks else tile_attention_ref)(q, k, v, intervals)
