@@ -42,7 +42,7 @@ from nvlm_runtime.engine.slots import cache_bytes
 from nvlm_runtime.engine.step_bytes import step_bytes
 from nvlm_runtime.inputs.image import open_image, plan_tiles
 from nvlm_runtime.model.quantize import check_scheme
-from nvlm_runtime.parallel.ranks import abandon, in_group, join, launch, leave, tell
+from nvlm_runtime.parallel.ranks import abandon, in_group, join, launch, leave, report
 
 PARTS = ("vision", "first", "decode", "batches", "startup")
 CONTEXTS, BATCHES, BATCH_CONTEXT = (128, 1024, 8192), (1, 2, 4, 8, 16), 128
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
         if in_group():
-            tell(words)
+            report(words)
             abandon(2)
         options.exit(2, f"bench.generate: {words}\n")
     print(json.dumps(result))

@@ -16,7 +16,8 @@ from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.engine.nvlm import ROUNDING
 from nvlm_runtime.engine.slots import cache_bytes, free_bytes
 from nvlm_runtime.model.model import NVLMModel, outline
-from nvlm_runtime.parallel.group import Group, VisionSplit, sizes
+from nvlm_runtime.parallel.group import Group
+from nvlm_runtime.parallel.shard import VisionSplit, group_sizes
 from nvlm_runtime.training.recipe import PARTS
 from nvlm_runtime.training.trainer import part_of
 
@@ -314,7 +315,7 @@ def suggestions(
 
     found = []
     if not plan.fits:
-        enough = next((size for size in sizes(config) if size > plan.size and fits(size)), None)
+        enough = next((size for size in group_sizes(config) if size > plan.size and fits(size)), None)
         if enough is not None:
             found.append(f"--tp {enough} fits")
         groups = next((num for num in (2, 4, 8, 16, 32, 64) if trains and num > data and fits(data=num)), None)

@@ -18,7 +18,8 @@ from torch import Tensor
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.model.model import NVLMModel, outline
 from nvlm_runtime.model.quantize import quantized_buffers
-from nvlm_runtime.parallel.group import SOLO, Group, TextShard, VisionShard, held_rows
+from nvlm_runtime.parallel.group import SOLO, Group
+from nvlm_runtime.parallel.shard import TextShard, VisionShard, held_rows
 
 
 @dataclass(frozen=True)

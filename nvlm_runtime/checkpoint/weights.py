@@ -22,7 +22,8 @@ from nvlm_runtime.checkpoint.tensors import file_entries, fill, to_file, unfille
 from nvlm_runtime.config import VisionConfig, from_hf, to_hf
 from nvlm_runtime.model.model import NVLMModel, allocate, outline
 from nvlm_runtime.model.quantize import check_scheme, quantize, quantized_buffers, scheme_of
-from nvlm_runtime.parallel.group import SOLO, Group, VisionSplit
+from nvlm_runtime.parallel.group import SOLO, Group
+from nvlm_runtime.parallel.shard import VisionSplit
 
 Progress = Callable[[int, int], None]
 INDEX = "model.safetensors.index.json"

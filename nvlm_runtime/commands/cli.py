@@ -314,7 +314,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
         if "RANK" in os.environ:
-            importlib.import_module("nvlm_runtime.parallel.ranks").tell(words)
+            importlib.import_module("nvlm_runtime.parallel.ranks").report(words)
         else:
             print(f"nvlm: {words}", file=sys.stderr)
         return 2
@@ -322,7 +322,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         if not any(word in str(error).lower() for word in ("gloo", "nccl")):
             raise
         words = f"rank {os.environ['RANK']}: another rank is gone or hangs"
-        importlib.import_module("nvlm_runtime.parallel.ranks").tell(words, everyone=True)
+        importlib.import_module("nvlm_runtime.parallel.ranks").report(words, everyone=True)
         return 1
 
 

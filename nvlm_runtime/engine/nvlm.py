@@ -47,7 +47,8 @@ from nvlm_runtime.model.past import AttentionBackend, CausalPast, check_attentio
 from nvlm_runtime.model.quantize import quantize as quantize_model
 from nvlm_runtime.model.quantize import scheme_of
 from nvlm_runtime.model.view import view_of
-from nvlm_runtime.parallel.group import SOLO, Group, VisionSplit
+from nvlm_runtime.parallel.group import SOLO, Group
+from nvlm_runtime.parallel.shard import VisionSplit
 
 ROUNDING = 256  # tokens: requests of nearly the same length share their buffers
 IMAGE_CACHE_BYTES = 256 * 2**20

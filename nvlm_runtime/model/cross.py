@@ -18,7 +18,8 @@ from nvlm_runtime.config import CrossConfig, TextConfig
 from nvlm_runtime.model.adapter import AdaptedLinear
 from nvlm_runtime.model.vision import RMSNorm
 from nvlm_runtime.model.weight_only import dense_weight
-from nvlm_runtime.parallel.group import SOLO, Group, TextShard
+from nvlm_runtime.parallel.group import SOLO, Group
+from nvlm_runtime.parallel.shard import TextShard
 
 
 def sinusoids(places: Tensor, width: int) -> Tensor:

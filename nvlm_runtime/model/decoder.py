@@ -21,7 +21,8 @@ from nvlm_runtime.model.cross import GatedCrossAttention
 from nvlm_runtime.model.past import Angles, AttentionBackend, Past
 from nvlm_runtime.model.rotary import Rotary
 from nvlm_runtime.model.vision import RMSNorm
-from nvlm_runtime.parallel.group import SOLO, Group, TextShard, VocabularyEmbedding
+from nvlm_runtime.parallel.group import SOLO, Group
+from nvlm_runtime.parallel.shard import TextShard, VocabularyEmbedding
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from nvlm_runtime.model.decoder import CrossView, Decoder
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.past import CausalPast, Documents, PackedPast
 from nvlm_runtime.model.vision import InternViT
-from nvlm_runtime.parallel.group import SOLO, Group, VisionSplit, shard_config
+from nvlm_runtime.parallel.group import SOLO, Group
+from nvlm_runtime.parallel.shard import VisionSplit, shard_config
 
 
 def projector(config: NVLMConfig) -> nn.Sequential:

@@ -24,7 +24,8 @@ from nvlm_kernels.native import NativeLibrary
 from nvlm_runtime.config import VisionConfig
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.vision_attention import attend
-from nvlm_runtime.parallel.group import SOLO, Group, VisionShard
+from nvlm_runtime.parallel.group import SOLO, Group
+from nvlm_runtime.parallel.shard import VisionShard
 
 
 class RMSNorm(nn.Module):

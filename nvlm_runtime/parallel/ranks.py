@@ -1,7 +1,7 @@
 """Processes of a tensor-parallel group: starting them, joining it, and ending all when one is gone.
 
 torchrun's agent starts the ranks, kills them all when one ends badly, and joins nodes; torch.distributed carries the
-tensors, by NCCL between GPUs and gloo between CPUs. Whoever waits for a rank that hangs gives up after `TIMEOUT`.
+tensors, by NCCL between GPUs and gloo between CPUs. A rank that waits for another one gives up after `TIMEOUT`.
 """
 
 import json
@@ -24,7 +24,7 @@ from nvlm_runtime.parallel.group import SOLO, Group, Mesh
 TIMEOUT = 20.0  # seconds; starting and loading have LOADING
 LOADING = 3600.0
 RUN = "nvlm-"  # begins the names of the runs that `launch` starts
-NO_READER = 128 + signal.SIGPIPE  # exit code of a rank whose words nobody reads any more
+NO_READER = 128 + signal.SIGPIPE  # exit code of a rank whose output nobody reads any more
 
 
 def in_group() -> bool:
@@ -33,10 +33,19 @@ def in_group() -> bool:
 
 
 def join(device: str, size: int | None, timeout: float = TIMEOUT, option: str = "--tp") -> tuple[Group, str]:
-    """The group that torchrun started this process in, SOLO outside; and this rank's own device.
+    """Joins the group that torchrun started this process in.
 
-    timeout: seconds a rank waits for another's part of a collective. option: what said the size. Raises ValueError for
-    a size below 1 or another than the group's, and for a timeout that is not positive.
+    Args:
+        device: "cpu", or "cuda" for the GPU of this rank's number on its machine.
+        size: the expected number of ranks; None takes any.
+        timeout: seconds a rank waits for another rank's part of a collective.
+        option: the command-line option that gave the size, for messages.
+
+    Returns:
+        The group, SOLO outside of torchrun; and this rank's own device.
+
+    Raises:
+        ValueError: the size is below 1 or not the group's, or the timeout is not positive.
     """
     if size is not None and size < 1:
         raise ValueError(f"{option} must be at least 1, got {size}")
@@ -63,10 +72,21 @@ def join(device: str, size: int | None, timeout: float = TIMEOUT, option: str = 
 
 
 def join_mesh(device: str, tensor: int | None, data: int | None, timeout: float = TIMEOUT) -> tuple[Mesh, str]:
-    """`join` for training: `data` groups of `tensor` ranks that hold one model together, which follow each other, so
-    that such a group is of one node. One that is not given makes up the rest.
+    """Joins the ranks of a training run: `data` groups of `tensor` ranks that hold one model together.
 
-    Raises ValueError as `join` does, and where the processes cannot be shared out so.
+    The ranks of such a group have consecutive numbers, so that a group stays on one node.
+
+    Args:
+        device: as in `join`.
+        tensor: ranks that hold one model together (--tp). None: all processes divided by `data`.
+        data: groups that share out the rows of the weights (--fsdp). None: 1.
+        timeout: as in `join`.
+
+    Returns:
+        The mesh, and this rank's own device.
+
+    Raises:
+        ValueError: as `join`, or the processes do not divide into such groups.
     """
     if data is not None and data < 1:
         raise ValueError(f"--fsdp must be at least 1, got {data}")
@@ -80,69 +100,83 @@ def join_mesh(device: str, tensor: int | None, data: int | None, timeout: float 
 
 
 def mesh_of(world: Group, data: int, timeout: float = TIMEOUT) -> Mesh:
-    """The mesh of a group, in `data` groups of ranks that follow each other. Every rank calls this."""
+    """Returns a group's mesh: `data` tensor groups of consecutive ranks. Every rank has to call this."""
     size, patience = world.size // data, timedelta(seconds=timeout)
     rows = [list(range(first, first + size)) for first in range(0, world.size, size)]
     columns = [list(column) for column in zip(*rows, strict=True)]
-    mine = [
+    mine, across = (
         next(
             Group(ranks.index(world.rank), len(ranks), handle)
             for ranks, handle in [(ranks, dist.new_group(ranks, timeout=patience)) for ranks in cut]
             if world.rank in ranks
         )
         for cut in (rows, columns)
-    ]
+    )
     dist.barrier()  # as in `join`
-    return Mesh(*mine, world)
+    return Mesh(mine, across, world)
 
 
 def wait_for_loading(group: Group) -> None:
-    """Returns when all ranks are here, however long the slowest disk takes, up to an hour."""
+    """Returns when all ranks have called it. Waits up to `LOADING` seconds, for the slowest disk."""
     if group.handle is not None:
         dist.barrier()
 
 
 def leave() -> None:
-    """At a rank's end: waits for the others, who may still be in the last collective with it."""
+    """Leaves the group at a rank's end, after the last collective of all ranks is over."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def abandon(code: int) -> None:
-    """Ends a rank of a group at once, before the others miss it. A collective may hold a thread, and an ordinary exit
-    then ends in abort(), which would hide the code. Returns where there is no group yet.
+    """Ends a rank of a group at once, with this exit code; returns where there is no group yet.
+
+    A thread may hang in a collective. An ordinary exit would then end in abort(), which hides the exit code.
     """
     if dist.is_available() and dist.is_initialized():
         sys.stderr.flush()
         os._exit(code)
 
 
-def tell(words: str, everyone: bool = False) -> None:
-    """Why this rank ends. The launcher prints one rank's words, as it may stop the others before they speak; under
-    torchrun rank 0 prints its own, or every rank (`everyone`).
+def report(message: str, everyone: bool = False) -> None:
+    """Reports why this rank ends.
+
+    The launcher prints the message of one rank, because it may stop the others before they report.
+
+    Args:
+        message: one line.
+        everyone: under torchrun, whether every rank prints its message; otherwise rank 0 alone does.
     """
     if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN):
         path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"message": words, "timestamp": int(time.time())}))
+        partial.write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
         partial.rename(path)  # the launcher may stop this rank at any moment
     elif everyone or os.environ["RANK"] == "0":
-        print(f"nvlm: {words}", file=sys.stderr, flush=True)
+        print(f"nvlm: {message}", file=sys.stderr, flush=True)
 
 
 def launch(argv: Sequence[str], size: int, module: str = "nvlm_runtime") -> int:
-    """Runs `python -m module argv` as `size` ranks on this machine. Returns 0, 2 for bad input, 1 where a rank was
-    lost, 130 for Ctrl-C, or 128 + the signal that ended the launcher.
+    """Runs `python -m module argv` as `size` ranks on this machine.
 
-    CPU threads are shared out unless OMP_NUM_THREADS says otherwise.
+    The ranks share the CPU's threads, unless OMP_NUM_THREADS is set.
+
+    Args:
+        argv: the arguments of every rank.
+        size: number of ranks.
+        module: what to run.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 1 where a rank was lost, 130 for Ctrl-C, or 128 plus the signal that ended
+        the launcher.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it has pages to say of a lost rank
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it prints pages about a lost rank
     with tempfile.TemporaryDirectory(prefix="nvlm-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -164,9 +198,9 @@ def launch(argv: Sequence[str], size: int, module: str = "nvlm_runtime") -> int:
             if failure.exitcode == 2:
                 print(f"nvlm: {failure.message}", file=sys.stderr)
                 return 2
-            told = Path(failure.error_file).exists()
-            words = failure.message if told else f"rank {lost} of {size} ended with {_words(failure.exitcode)}"
-            print(f"nvlm: {words}; all ranks are stopped", file=sys.stderr)
+            reported = Path(failure.error_file).exists()
+            message = failure.message if reported else f"rank {lost} of {size} ended with {_ending(failure.exitcode)}"
+            print(f"nvlm: {message}; all ranks are stopped", file=sys.stderr)
             return 1
         except SignalException as error:
             return 128 + error.sigval.value
@@ -174,11 +208,11 @@ def launch(argv: Sequence[str], size: int, module: str = "nvlm_runtime") -> int:
 
 
 def _is_effect(code: int) -> int:
-    """What ended a rank, from the likeliest cause of the others' end to what the agent did itself."""
+    """Orders exit codes: from the likeliest cause of the other ranks' end to what the agent caused itself."""
     if code < 0 and code != -signal.SIGTERM:
         return 0
     return 1 if code in (2, 130, NO_READER) else 3 if code < 0 else 2
 
 
-def _words(code: int) -> str:
+def _ending(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nvlm_runtime.parallel.group import held_rows
+from nvlm_runtime.parallel.shard import held_rows
 from nvlm_runtime.training.recipe import Recipe
 
 

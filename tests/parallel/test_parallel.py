@@ -9,7 +9,8 @@ from nvlm_runtime.model.cache import KVCache
 from nvlm_runtime.model.decoder import CrossView
 from nvlm_runtime.model.model import NVLMModel
 from nvlm_runtime.model.past import make_past
-from nvlm_runtime.parallel.group import Group, sizes
+from nvlm_runtime.parallel.group import Group
+from nvlm_runtime.parallel.shard import group_sizes
 from nvlm_runtime.presets import PRESETS
 from tests.parallel import work
 from tests.parallel.small import TEXT_3, config, load, write
@@ -156,7 +157,7 @@ def test_ranks_hold_the_published_models_between_them(name, split):
         total = sum(torch.Size(entry.shape).numel() for entry in entries.values())
         if name == "nvlm-d-72b":
             assert total == 79_379_593_344  # as published, the vision encoder's 7 dummy heads among them
-        assert sizes(PRESETS[name])[:4] == [1, 2, 4, 8] if "72b" in name else True
+        assert group_sizes(PRESETS[name])[:4] == [1, 2, 4, 8] if "72b" in name else True
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

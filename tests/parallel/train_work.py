@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nvlm_runtime.parallel.group import Group, Mesh, held_rows
+from nvlm_runtime.parallel.group import Group, Mesh
 from nvlm_runtime.parallel.ranks import mesh_of
+from nvlm_runtime.parallel.shard import held_rows
 from nvlm_runtime.training.recipe import Recipe
 from nvlm_runtime.training.trainer import Step, Trainer
 
