@@ -31,11 +31,16 @@ DTYPE = torch.bfloat16
 
 
 def whole_folder(name: str | Path, cache_folder: str | Path | None = None, group: Group = SOLO) -> Path:
-    """As `checkpoint_folder`, of a checkpoint that has its text model: put together first where it comes without.
+    """Returns the folder of a whole checkpoint. A checkpoint without its text model is first composed in the cache.
 
-    cache_folder: the user's cache where it is None. group: rank 0 puts it together, the others wait. Raises
-    FileNotFoundError where the text model is not to be had, and ValueError where the two do not fit; nothing is left
-    behind then.
+    Args:
+        name: a bundled name or a checkpoint folder.
+        cache_folder: where composite checkpoints are kept; None is the user's cache.
+        group: the ranks that need the folder. Rank 0 composes it, the others wait.
+
+    Raises:
+        FileNotFoundError: The checkpoint or its text model does not exist.
+        ValueError: The text model is not the one that the checkpoint names. No partial folder is left.
     """
     folder = checkpoint_folder(name)
     values = read_json(folder / "config.json")

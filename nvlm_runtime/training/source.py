@@ -38,14 +38,25 @@ class Dataset:
 
 
 class Source:
-    """Batches for ever: `next(source)`. `close` ends its threads.
+    """An endless stream of batches: `next(source)`. `close` ends its threads.
 
-    share: (index, number) of the readers of one stream, each of which gets its own of every `number` batches; their
-    states are the same then. rows: a batch; seq_len: tokens of a row. packed: several documents a row, or one.
-    shuffled_tiles: the share of documents that `shuffle_tiles` changes. window: documents that are packed together.
-    skip_bad: a row that cannot be learnt from is told to `log` and counted in `num_bad`; otherwise it ends the stream
-    with BadRecord. state: of `state()`, to go on from there. waited: seconds that `next` had to wait.
-    Raises ValueError for weights that are not positive and where no row of a whole window can be learnt from.
+    Args:
+        share: (index, number) of the readers of one stream. Each gets its own of every `number` batches; their states
+            are the same.
+        rows: sequences per batch.
+        seq_len: tokens per sequence.
+        packed: whether a sequence holds several documents or one.
+        shuffled_tiles: share of the documents whose tiles `shuffle_tiles` reorders.
+        window: documents that are packed together.
+        skip_bad: whether a record that cannot be learnt from is passed to `log` and counted in `num_bad`; otherwise it
+            ends the stream with BadRecord.
+        state: a value of `state()`, to resume from there.
+
+    Attributes:
+        waited: seconds that `next` had to wait.
+
+    Raises:
+        ValueError: A weight is not positive, or no record of a whole window can be learnt from.
     """
 
     def __init__(

@@ -187,12 +187,20 @@ class Trainer:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def run(self, show: Callable[[Step], None] = lambda step: None) -> int:
-        """All steps that are left, then the model into the run's folder. Returns 0, or 128 + the signal that stopped
-        it: SIGTERM and Ctrl-C end the run after the step they came in, with a checkpoint.
+        """Runs all remaining steps, then saves the model in the run's folder.
 
-        show: told of every step. Raises ValueError where loss or gradients are not finite, and BadRecord; the
-        steps before are in a checkpoint then. RuntimeError where another rank is gone: the last checkpoint is the one
-        before.
+        SIGTERM and Ctrl-C end the run after the current step, with a checkpoint.
+
+        Args:
+            show: called with every step's figures.
+
+        Returns:
+            0, or 128 + the number of the signal that stopped the run.
+
+        Raises:
+            ValueError: The loss or a gradient is not finite. The steps before are in a checkpoint.
+            BadRecord: A record cannot be learnt from and `skip_bad` is off. The steps before are in a checkpoint.
+            RuntimeError: Another rank is gone. The run resumes from the last checkpoint before.
         """
         recipe, saved, stopped = self.recipe, self.next_step, 0
         if self.mesh.world.rank == 0:

@@ -170,7 +170,6 @@ def test_every_module_of_the_rooms_is_named():
     assert not {name for name in modules if f"`{name}`" not in text}
 
 
-@pytest.mark.xfail(reason="turned on when every room has landed")
 @pytest.mark.parametrize("package", ["nvlm_kernels", "nvlm_runtime"])
 def test_words_of_the_code_are_plain(package):
     old = re.compile(r"\btold\b|behind 1|not to be had|\bas of [A-Z]")
