@@ -7,6 +7,8 @@ user's cache, named after what it came from.
 """
 
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,15 +16,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from nvlm_kernels.native import default_folder
 from nvlm_runtime.checkpoint.assembly import Assembly, assemble, is_of_text_model, new_folder
 from nvlm_runtime.checkpoint.bundled import checkpoint_folder
+from nvlm_runtime.checkpoint.packed import is_packed, pack, unpack, unpack_file
 from nvlm_runtime.checkpoint.sources import text_model_digest
 from nvlm_runtime.checkpoint.tensors import file_entries, fill, to_file
 from nvlm_runtime.checkpoint.weights import SINGLE, open_tensors, read_json, some, write_json
-from nvlm_runtime.config import from_hf, to_hf
-from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.config import NVLMConfig, from_hf, to_hf
+from nvlm_runtime.model.model import NVLMModel, outline
 from nvlm_runtime.parallel.group import SOLO, Group
 from nvlm_runtime.parallel.ranks import wait_for_loading
 
@@ -83,11 +87,26 @@ def _join(folder: Path, text: str) -> Assembly:
     config = from_hf(read_json(folder / "config.json"))
     if config.cross is None:
         raise ValueError(f"{folder} is NVLM-D, which has learnt in its text model: it does not come without")
+    if not is_packed(folder / SINGLE):
+        return _join_dense(folder, folder, config, text)
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = Path(scratch) / folder.name
+        dense.mkdir()
+        shutil.copy(folder / "config.json", dense)
+        entries = file_entries(outline(config))
+        shapes = {name: entry.shape for name, entry in entries.items() if not is_of_text_model(name)}
+        unpack_file(folder / SINGLE, dense / SINGLE, shapes, DTYPE)
+        return _join_dense(dense, folder, config, text)
+
+
+def _join_dense(part: Path, folder: Path, config: NVLMConfig, text: str) -> Assembly:
+    """part: the folder with dense weights. folder: the one that messages name."""
     cross = config.cross
+    assert cross is not None
     assembly = assemble(
         config.variant,
         text,
-        folder,
+        part,
         layers=cross.layers,
         placement=cross.placement,
         ffn=cross.ffn,
@@ -100,7 +119,7 @@ def _join(folder: Path, text: str) -> Assembly:
     entries = {name: entry for name, entry in file_entries(assembly.model).items() if not is_of_text_model(name)}
     parameters = dict(assembly.model.named_parameters())
     with ExitStack() as stack:
-        tensors = open_tensors(folder, stack)
+        tensors = open_tensors(part, stack)
         if wrong := set(tensors) ^ set(entries):
             raise ValueError(f"{folder} misses or should not hold {len(wrong)} tensors: {some(wrong)}")
         for name, entry in entries.items():
@@ -110,22 +129,40 @@ def _join(folder: Path, text: str) -> Assembly:
     return assembly
 
 
-def save_without_text_model(model: NVLMModel, text: str | Path, folder: Path) -> None:
-    """Writes what `whole_folder` puts together with a text model, in bfloat16, whole or not at all.
+def save_without_text_model(model: NVLMModel, text: str | Path, folder: Path, packed: bool = False) -> None:
+    """Writes what `whole_folder` composes with a text model, in bfloat16. A failure leaves no folder.
 
-    Raises ValueError where `folder` is there and not empty, for NVLM-D, and where together they would not be the model,
-    as when its text model has learnt.
+    Args:
+        model: an NVLM-X or NVLM-H.
+        text: the text model, as `open_text_model` takes it.
+        folder: the new folder.
+        packed: whether linears are stored in 8 and 4 bits (`checkpoint.packed`), which rounds their weights.
+
+    Raises:
+        ValueError: `folder` exists and is not empty, the model is an NVLM-D, or both together would not be the model,
+            as when its text model has learnt.
     """
     source = str(Path(text).resolve()) if Path(text).exists() else str(text)
     wanted = _tensors(model)
     with new_folder(folder) as partial:
         tensors = {name: tensor for name, tensor in wanted.items() if not is_of_text_model(name)}
+        if packed:
+            linears = _linears(model) & set(tensors)
+            stored = pack(tensors, linears)
+            wanted |= {name: unpack(stored, name, tuple(tensors[name].shape), DTYPE) for name in linears}
+            tensors = stored
         save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
         named = {TEXT_MODEL: {"name": source, "sha256": text_model_digest(source)}}
         write_json(partial / "config.json", to_hf(model.config, str(DTYPE).removeprefix("torch.")) | named)
         joined = _tensors(_join(partial, source).model)
         if wrong := {name for name in wanted if not joined[name].equal(wanted[name])}:
             raise ValueError(f"the model's text model is not {source!r} any more: {some(wrong)}")
+
+
+def _linears(model: NVLMModel) -> set[str]:
+    """File names of the weights of all linears."""
+    weights = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name for name, entry in file_entries(model).items() if entry.parameter in weights}
 
 
 def _tensors(model: NVLMModel) -> dict[str, torch.Tensor]:
