@@ -81,7 +81,7 @@ def test_folder_gives_transformers_answers(capsys, tmp_path, variant, family, ti
     with torch.inference_mode():
         want = theirs(torch.tensor([IDS])).logits[0]
     assert (ours.logits(IDS) - want).abs().max() < 1e-4
-    for native in (None, False):
+    for native in ("auto", False):
         engine = NVLM.load(tmp_path / "out", native=native)
         got = engine.generate(input_ids=IDS, max_new_tokens=32, ignore_eos=True).token_ids
         assert list(got) == greedy(theirs, IDS, 32)
@@ -96,7 +96,7 @@ def test_gates_at_0_are_the_bare_decoder_bit_for_bit(tmp_path, family):
         state = made.model.language_model.state_dict()
         bare.load_state_dict({name: tensor for name, tensor in state.items() if ".cross_attn." not in name})
         engine = NVLM(made.model, made.tokenizer, template=made.template)
-        bare.attention = made.model.language_model.attention
+        bare.attention = engine.model.language_model.attention
         for images in ([], [picture()]):
             ids = engine.prepare("What is in the picture?", images).input_ids
             with torch.inference_mode():

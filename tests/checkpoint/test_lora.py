@@ -361,7 +361,7 @@ def test_order_of_calls(tmp_path):
     with pytest.raises(ValueError, match="cross_attn.* is no linear of the text model"):
         save_lora(model, tmp_path, text_names=True)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="adapters merged"):
+    with pytest.raises(ValueError, match="needs merged adapters"):
         engine = engine_of(model, reuse=False, image_cache_bytes=0)
         profile_request(engine, "What?", [], GenerationParams(max_new_tokens=2))
     merge_lora(model)
