@@ -106,9 +106,13 @@ def read_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh | None = None)
 def _read_shares(folder: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     from torch.distributed import checkpoint
 
+    from nvlm_runtime.training.share_reader import ShareReader, TensorPlanner  # torch.distributed is slow to import
+
     tensors = _shared_out(state, mesh)
     try:
-        checkpoint.load(tensors, checkpoint_id=folder, process_group=mesh.world.handle)
+        checkpoint.load(
+            tensors, storage_reader=ShareReader(folder), planner=TensorPlanner(), process_group=mesh.world.handle
+        )
     except checkpoint.CheckpointException as error:
         raise ValueError(_first(error)) from error
     optimizer = tensors.pop(f"part-{mesh.tensor.rank}")
