@@ -11,9 +11,11 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +25,7 @@ from torch.profiler import record_function
 
 from nvlm_runtime.engine.graphs import CapturedRunner
 from nvlm_runtime.engine.runner import Runner
-from nvlm_runtime.inputs.image import TilePlan
+from nvlm_runtime.inputs.image import TilePlan, open_image, plan_tiles, tile_pixels
 from nvlm_runtime.inputs.layout import ImageLayout
 from nvlm_runtime.model.cache import CrossKV
 from nvlm_runtime.model.model import NVLMModel
@@ -174,6 +176,7 @@ class ImageEncoder:
         self.model = runner.model
         self._lock = threading.RLock()
         self._version, self._fingerprint = -1, ""
+        self._threads = ThreadPoolExecutor(2, "nvlm-image")
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +188,37 @@ class ImageEncoder:
                 self.cache.clear()
             return self._fingerprint
 
+    def open(self, sources: Iterable[Any]) -> tuple[ImageInput, ...]:
+        """Opens the images of a request, in threads; their tiles are cut in threads too.
+
+        Args:
+            sources: paths, PIL images, uint8 arrays [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or `ImageHandle`s.
+
+        Returns:
+            One input per source, in order. The tiles of an image whose handle is in the cache are not cut until
+            somebody asks for them.
+
+        Raises:
+            ValueError: an image that cannot be read, or a handle of other weights than this model's.
+            FileNotFoundError: a path that does not exist.
+        """
+        return tuple(self._threads.map(self._open, sources))
+
+    def _open(self, source: Any) -> ImageInput:
+        if isinstance(source, ImageHandle):
+            if source.fingerprint != self.fingerprint:
+                raise ValueError("the image handle was made by other weights than this model's")
+            return ImageInput(source.plan, source.key, None, source)
+        picture, config = open_image(source), self.model.config
+        plan = plan_tiles(*picture.size, config.vision.image_size, config.min_tiles, config.max_tiles)
+        key = image_key(picture.tobytes(), plan)
+        handle = self.cached(key)
+        if handle is not None:
+            return ImageInput(plan, key, lambda: tile_pixels(picture, plan), handle)
+        return ImageInput(plan, key, self._threads.submit(tile_pixels, picture, plan).result)
+
     def cached(self, key: str) -> ImageHandle | None:
+        """Returns the handle in the cache under this `image_key`; None without one, and after a weight changed."""
         with self._lock:
             return self.cache.get(key) if self.fingerprint else None
 

@@ -27,7 +27,7 @@ from nvlm_runtime.engine.batch import Batch
 from nvlm_runtime.engine.compiles import CompileWatch
 from nvlm_runtime.engine.generator import Images, Message, Question, TextGenerator, TextStream
 from nvlm_runtime.engine.graphs import CapturedRunner
-from nvlm_runtime.engine.images import ImageCache, ImageEncoder, ImageHandle, ImageInput, image_key
+from nvlm_runtime.engine.images import ImageCache, ImageEncoder, ImageHandle
 from nvlm_runtime.engine.logits import EagerLogits, NativeLogits
 from nvlm_runtime.engine.native import use_library
 from nvlm_runtime.engine.options import DtypeOption, NativeOption, Options, device_of, dtype_of
@@ -35,7 +35,7 @@ from nvlm_runtime.engine.request import PHASES, Output, PreparedPrompt, Request,
 from nvlm_runtime.engine.runner import Runner
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.step_bytes import step_bytes
-from nvlm_runtime.inputs.image import TilePlan, grids, open_image, plan_tiles, tile_pixels
+from nvlm_runtime.inputs.image import TilePlan, grids, plan_tiles
 from nvlm_runtime.inputs.layout import image_layout, layout_prompt, max_image_keys
 from nvlm_runtime.inputs.prompt import Style, build_prompt, read_prompt
 from nvlm_runtime.inputs.template import ChatTemplate
@@ -146,7 +146,6 @@ class NVLM(TextGenerator):
         self.runner = CapturedRunner(runner, self._watch.built) if graphs else runner
         self._async_scheduling = graphs
         self.encoder = ImageEncoder(self.runner, ImageCache(image_cache_bytes))
-        self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._lock = threading.Lock()
         self._idle: Batch | None = None  # the buffers of the last single request
 
@@ -300,7 +299,7 @@ class NVLM(TextGenerator):
         config = self.config
         start = time.perf_counter()
         with record_function("nvlm.open"):
-            pictures = tuple(self._threads.map(self._picture, images))
+            pictures = self.encoder.open(images)
         opened = time.perf_counter() - start
         plans = [picture.plan for picture in pictures]
         if input_ids is None:
@@ -315,23 +314,9 @@ class NVLM(TextGenerator):
             ids, layout_prompt(self.tokenizer, config, built, plans), pictures, {"queue": 0.0, "open": opened}
         )
 
-    def _picture(self, source: Any) -> ImageInput:
-        """Opens and names a picture; its tiles are cut in a thread, unless its handle is there already."""
-        if isinstance(source, ImageHandle):
-            if source.fingerprint != self.encoder.fingerprint:
-                raise ValueError("the image handle was made by other weights than this model's")
-            return ImageInput(source.plan, source.key, None, source)
-        picture = open_image(source)
-        plan = plan_tiles(*picture.size, self.config.vision.image_size, self.config.min_tiles, self.config.max_tiles)
-        key = image_key(picture.tobytes(), plan)
-        handle = self.encoder.cached(key)
-        if handle is not None:
-            return ImageInput(plan, key, lambda: tile_pixels(picture, plan), handle)
-        return ImageInput(plan, key, self._threads.submit(tile_pixels, picture, plan).result)
-
     def encode_image(self, source: Any) -> ImageHandle:
         """What the decoder needs of a picture, to be given to any prompt in the picture's place."""
-        picture = self._picture(source)
+        (picture,) = self.encoder.open([source])
         return self.encoder.handle(
             picture, image_layout(self.tokenizer, self.config, picture.plan), dict.fromkeys(PHASES, 0.0)
         )

@@ -32,7 +32,15 @@ _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, R
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How a picture is cut. width, height: its pixels after EXIF rotation. cols, rows: the grid. image_size: a tile."""
+    """How a picture is cut into tiles.
+
+    Attributes:
+        width: pixels of the picture after EXIF rotation.
+        height: pixels of the picture after EXIF rotation.
+        cols: columns of the grid.
+        rows: rows of the grid.
+        image_size: pixels of a tile's side.
+    """
 
     width: int
     height: int
@@ -42,22 +50,40 @@ class TilePlan:
 
     @property
     def num_regular(self) -> int:
+        """Number of tiles of the grid, without the thumbnail."""
         return self.cols * self.rows
 
     @property
     def has_thumbnail(self) -> bool:
+        """Whether a thumbnail follows the grid: with more than one regular tile."""
         return self.num_regular > 1
 
     @property
     def num_tiles(self) -> int:
+        """Number of tiles, the thumbnail included."""
         return self.num_regular + 1 if self.has_thumbnail else 1
 
 
 def plan_tiles(width: int, height: int, image_size: int, min_tiles: int = 1, max_tiles: int = 6) -> TilePlan:
-    """The grid of min_tiles to max_tiles cells nearest in aspect ratio.
+    """Chooses the grid of `min_tiles` to `max_tiles` cells that is nearest in aspect ratio.
 
     Ratios are compared as Python floats, as published: exact fractions tie in other places (1000 x 1200). Of two grids
     equally near, the larger wins only if the picture has more than half as many pixels as its tiles.
+
+    Args:
+        width: pixels of the picture, at least 1.
+        height: pixels of the picture, at least 1.
+        image_size: pixels of a tile's side, at least 1.
+        min_tiles: the fewest cells of the grid, 1 by default.
+        max_tiles: the most cells of the grid, 6 by default. The thumbnail is not counted.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: a size below 1, or not 1 <= min_tiles <= max_tiles.
+
+    Source: NVLM-D-72B card, `dynamic_preprocess`.
     """
     if width < 1 or height < 1:
         raise ValueError(f"plan_tiles: picture is {width} x {height} pixels, expected at least 1 x 1")
@@ -75,18 +101,36 @@ def plan_tiles(width: int, height: int, image_size: int, min_tiles: int = 1, max
 
 
 def grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
-    """(cols, rows) of all grids that a picture may be cut into, by their number of tiles."""
+    """Lists the grids that a picture may be cut by.
+
+    Args:
+        min_tiles: the fewest cells of a grid.
+        max_tiles: the most cells of a grid.
+
+    Returns:
+        (cols, rows) of each, sorted by their number of cells.
+    """
     sides = range(1, max_tiles + 1)
     found = [(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
     return sorted(found, key=lambda grid: grid[0] * grid[1])
 
 
 def open_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """One picture, upright by its EXIF tag and in RGB, from a path, a PIL image or a uint8 array.
+    """Opens one picture, upright by its EXIF tag and in RGB.
 
-    Arrays are [H, W], [H, W, 1], [H, W, 3] RGB or [H, W, 4] RGBA. Alpha is dropped, not composited: the published code
-    calls a plain `convert("RGB")`. 16-bit grey is scaled by 1/257 and rounded; Pillow would clip it to white. Colour
-    profiles are ignored. The source is left as it was and no file stays open.
+    Alpha is dropped, not composited: the published code calls a plain `convert("RGB")`. 16-bit grey is scaled by 1/257
+    and rounded; Pillow would clip it to white. Colour profiles are ignored. The source does not change and no file
+    stays open.
+
+    Args:
+        source: a path, a PIL image, or a uint8 array [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA).
+
+    Returns:
+        A new RGB image of at most `MAX_PIXELS` pixels.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the source is of another type, dtype or shape, or is no complete picture of one frame.
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source, "the PIL image")
@@ -140,7 +184,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name} is {width} x {height} pixels, expected 1 to {MAX_PIXELS} pixels")
     with _reading(name):
         num_frames = getattr(image, "n_frames", 1)
-    if num_frames > 1 and image.format != "MPO":  # MPO is a phone's JPEG with a depth map or preview behind it
+    if num_frames > 1 and image.format != "MPO":  # MPO is a phone's JPEG with a depth map or preview after it
         raise ValueError(f"{name} holds {num_frames} frames, expected a picture of one frame")
     with _reading(name):
         image = ImageOps.exif_transpose(image)
@@ -163,9 +207,19 @@ def _scale_to_8_bit(image: Image.Image, name: str) -> Image.Image:
 
 
 def cut_tiles(image: Image.Image, plan: TilePlan) -> list[Image.Image]:
-    """The plan's num_tiles RGB tiles of image_size x image_size: the grid row by row, then the thumbnail if any.
+    """Cuts a picture into the tiles of its plan.
 
     The whole picture is resized, so its aspect ratio is not kept; bicubic is the default that published code gets.
+
+    Args:
+        image: an RGB image of the plan's width and height, as `open_image` returns it.
+        plan: from `plan_tiles`.
+
+    Returns:
+        `plan.num_tiles` RGB images of image_size x image_size: the grid row by row, then the thumbnail if any.
+
+    Raises:
+        ValueError: the image has another size than the plan, or is not RGB.
     """
     side = plan.image_size
     canvas = _resize_to_grid(image, plan)
@@ -185,7 +239,18 @@ def _resize_to_grid(image: Image.Image, plan: TilePlan) -> Image.Image:
 
 
 def tile_pixels(image: Image.Image, plan: TilePlan) -> Tensor:
-    """[N, 3, image_size, image_size] fp32: the tiles of `cut_tiles` in [0, 1], then normalised as ImageNet."""
+    """Cuts a picture into tiles and normalises their pixels as for ImageNet.
+
+    Args:
+        image: an RGB image of the plan's width and height, as `open_image` returns it.
+        plan: from `plan_tiles`.
+
+    Returns:
+        Pixels, fp32 [N, 3, image_size, image_size], in the order of `cut_tiles`: in [0, 1] before `MEAN` and `STD`.
+
+    Raises:
+        ValueError: as `cut_tiles`.
+    """
     tiles = np.stack([np.asarray(tile) for tile in cut_tiles(image, plan)])  # [N, S, S, 3]
     x = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous()  # [N, 3, S, S]
     mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD))
@@ -193,7 +258,14 @@ def tile_pixels(image: Image.Image, plan: TilePlan) -> Tensor:
 
 
 def check_drawing(path: str | Path) -> None:
-    """ValueError for a file that no picture can be saved to: its folder is not there, or its ending names no format."""
+    """Checks that a picture can be saved to a path.
+
+    Args:
+        path: a file that need not exist. Its folder must, and its suffix must name a format that Pillow writes.
+
+    Raises:
+        ValueError: the folder does not exist, or the suffix names no format.
+    """
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{path}: expected a file ending that names a picture format, such as .png")
@@ -202,7 +274,18 @@ def check_drawing(path: str | Path) -> None:
 
 
 def draw_plan(image: Image.Image, plan: TilePlan) -> Image.Image:
-    """The picture as the grid stretches it, for people: lines between the tiles and each tile's number, from 1."""
+    """Draws a plan's grid on its picture, for people: lines between the tiles and each regular tile's number, from 1.
+
+    Args:
+        image: an RGB image of the plan's width and height.
+        plan: from `plan_tiles`.
+
+    Returns:
+        A new image of image_size * cols x image_size * rows pixels, without the thumbnail.
+
+    Raises:
+        ValueError: as `cut_tiles`.
+    """
     side = plan.image_size
     canvas = _resize_to_grid(image, plan)
     draw = ImageDraw.Draw(canvas)

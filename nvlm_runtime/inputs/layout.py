@@ -79,7 +79,14 @@ class Layout:
         return 0, self.cross_length
 
     def truncate(self, length: int) -> "Layout":
-        """Returns the layout of the first `length` tokens, which must hold every image."""
+        """Keeps the first tokens of a sequence.
+
+        Args:
+            length: number of tokens to keep. They must hold every image.
+
+        Returns:
+            A layout with intervals [length, 2] and the same images.
+        """
         return replace(self, intervals=self.intervals[:length])
 
 
@@ -112,7 +119,15 @@ def num_image_keys(config: NVLMConfig, tag_lengths: Sequence[int]) -> int:
 
 
 def max_image_keys(tokenizer: Tokenizer, config: NVLMConfig) -> int:
-    """Returns the largest `num_image_keys` of all grids that the model cuts images into; 0 in NVLM-D."""
+    """Computes the largest `num_image_keys` of all grids that the model cuts images by.
+
+    Args:
+        tokenizer: the model's tokenizer, for the lengths of the tags.
+        config: the model's configuration.
+
+    Returns:
+        Number of image keys; 0 in NVLM-D.
+    """
     tags = [
         grid_tags(*grid, config.tile_tags, config.thumbnail_tag) for grid in grids(config.min_tiles, config.max_tiles)
     ]
@@ -120,7 +135,16 @@ def max_image_keys(tokenizer: Tokenizer, config: NVLMConfig) -> int:
 
 
 def image_layout(tokenizer: Tokenizer, config: NVLMConfig, plan: TilePlan) -> ImageLayout:
-    """Lays out one image outside any sequence: it has keys, counted from 0, and no placeholders."""
+    """Lays out one image outside any sequence: it has keys, counted from 0, and no placeholders.
+
+    Args:
+        tokenizer: the model's tokenizer, for the tags.
+        config: the model's configuration.
+        plan: how the image is cut.
+
+    Returns:
+        The layout, with an empty span.
+    """
     sources = key_sources(config, _key_tags(tokenizer, config, plan))
     return ImageLayout(plan.num_tiles, (0, 0), (), (), sources, (0, _num_keys(config, sources)), 0)
 
@@ -129,6 +153,12 @@ def unseen_image(config: NVLMConfig) -> ImageLayout:
     """Lays out an image of one tile that no token sees: no interval reaches its keys and it has no placeholders.
 
     Its tile's tokens are keys wherever the variant has image keys, those of NVLM-H included.
+
+    Args:
+        config: the model's configuration.
+
+    Returns:
+        The layout, with an empty span.
     """
     sources: tuple[KeySource, ...] = () if config.routing.cross == "none" else (0,)
     return ImageLayout(1, (0, 0), (), (), sources, (0, _num_keys(config, sources)), 0)
@@ -175,6 +205,12 @@ def pack_layouts(layouts: Sequence[Layout]) -> Layout:
 
     Placeholders, spans, keys and intervals move by the tokens and keys before them. Positions of keys stay: a
     sequence's own images are counted from 0.
+
+    Args:
+        layouts: one layout per sequence, at least one.
+
+    Returns:
+        The layout of the packed sequence.
     """
     images, intervals, start, first_key = [], [], 0, 0
     for layout in layouts:
@@ -195,8 +231,15 @@ def pack_layouts(layouts: Sequence[Layout]) -> Layout:
 def shuffle_tiles(config: NVLMConfig, layout: Layout, rng: random.Random) -> Layout:
     """Puts the tiles of every image of NVLM-X in a random order among the image keys; each tag still sees its tile.
 
-    The position of a key then says nothing about its tile, so a decoder learns to use the tags. Layouts of NVLM-D and
-    NVLM-H are returned as they are.
+    The position of a key then says nothing about its tile, so a decoder learns to use the tags.
+
+    Args:
+        config: the model's configuration.
+        layout: of one sequence, its tiles in order.
+        rng: source of the order.
+
+    Returns:
+        A new layout; `layout` itself in NVLM-D and NVLM-H.
     """
     if config.cross is None or config.routing.tags != "decoder":
         return layout

@@ -47,7 +47,14 @@ def parse_messages(
 
 
 def join_texts(parts: Sequence[Part]) -> str:
-    """Returns the texts of a turn as one string, images left out."""
+    """Joins the texts of a turn, images left out.
+
+    Args:
+        parts: texts and `IMAGE`.
+
+    Returns:
+        One string.
+    """
     return "".join(part for part in parts if part is not IMAGE)
 
 

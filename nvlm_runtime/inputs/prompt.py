@@ -84,7 +84,16 @@ class Prompt:
 
 
 def tile_tags(plan: "TilePlan", tag_format: TagFormat, thumbnail_tag: str) -> tuple[str, ...]:
-    """Returns the tag text of every tile of an image, as `grid_tags` does."""
+    """Writes the tag text of every tile of an image, as `grid_tags` does.
+
+    Args:
+        plan: how the image is cut.
+        tag_format: form of the regular tiles' tags.
+        thumbnail_tag: tag of the thumbnail.
+
+    Returns:
+        One text per tile, thumbnail last.
+    """
     return grid_tags(plan.cols, plan.rows, tag_format, thumbnail_tag)
 
 
@@ -120,7 +129,16 @@ def grid_tags(cols: int, rows: int, tag_format: TagFormat, thumbnail_tag: str) -
 
 
 def tag_ids(tokenizer: Tokenizer, plan: "TilePlan", config: NVLMConfig) -> list[list[int]]:
-    """Returns the token ids of each tile's tag, tokenised alone, thumbnail last."""
+    """Tokenises the tag of each tile of an image, each alone.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        plan: how the image is cut.
+        config: the model's configuration, which names the tags' form.
+
+    Returns:
+        Token ids per tile, thumbnail last.
+    """
     return [tokenizer.encode(tag) for tag in tile_tags(plan, config.tile_tags, config.thumbnail_tag)]
 
 

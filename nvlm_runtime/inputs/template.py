@@ -67,11 +67,17 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ChatTemplate | None":
-        """The template of a checkpoint: `JINJA_FILE`, else `JSON_FILE`, else the "chat_template" of `CONFIG_FILE`.
+        """Reads a checkpoint's template: `JINJA_FILE`, else `JSON_FILE`, else the "chat_template" of `CONFIG_FILE`.
 
-        None if the folder has none. Of a list of named templates "default" is taken. ValueError for a file that is
-        damaged or holds no template, and where the first two differ: transformers' tokenizer would take one, its
-        processor the other.
+        Args:
+            folder: the checkpoint's folder.
+
+        Returns:
+            The template, "default" of a list of named ones; None if the folder has none.
+
+        Raises:
+            ValueError: a file is damaged or holds no template, or the first two differ: transformers' tokenizer would
+                take one, its processor the other.
         """
         folder = Path(folder)
         config = _read_object(folder / CONFIG_FILE)
@@ -93,14 +99,26 @@ class ChatTemplate:
             raise ValueError(f"{folder / name}: {error}") from error
 
     def save(self, folder: str | Path) -> None:
-        """Writes `JINJA_FILE`, and the variables into a new `CONFIG_FILE`, as `load` reads them."""
+        """Writes `JINJA_FILE`, and the variables into a new `CONFIG_FILE`, as `load` reads them.
+
+        Args:
+            folder: an existing folder.
+        """
         Path(folder, JINJA_FILE).write_text(self.source, "utf-8")
         Path(folder, CONFIG_FILE).write_text(json.dumps(self.variables, indent=2) + "\n", "utf-8")
 
     def render(self, turns: Sequence[tuple[str, Sequence[str | None]]], generation: bool) -> list[Piece]:
-        """The conversation as the template writes it. turns: role and parts of each message, None being a picture.
+        """Writes a conversation as the template does.
 
-        ValueError if the template fails or raises, if it drops or repeats a part, or moves a picture before another.
+        Args:
+            turns: role and parts of each message; a part is a text, or None for an image.
+            generation: whether the beginning of an answer follows the last turn.
+
+        Returns:
+            The pieces of the conversation in order, each the template's own text or a part that was given.
+
+        Raises:
+            ValueError: the template fails or raises, drops or repeats a part, or moves an image before another.
         """
         parts: list[tuple[int, str | None]] = []  # number of the message, and what its mark stands for
         messages = []

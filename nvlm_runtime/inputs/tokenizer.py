@@ -59,7 +59,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """The first of `FILES` that `folder` holds. ValueError if it holds none, or holds one in part."""
+        """Reads the first of `FILES` that a folder holds.
+
+        Args:
+            folder: a checkpoint's folder.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: the folder holds none of `FILES`, holds one in part, or holds a damaged one.
+        """
         folder = Path(folder)
         try:
             if (folder / "tokenizer.json").is_file():
@@ -74,7 +84,19 @@ class Tokenizer:
 
     @classmethod
     def from_tiktoken(cls, path: str | Path) -> "Tokenizer":
-        """Qwen's rank file: a line is a token in base64 and its rank. ValueError if a token has no merge."""
+        """Reads Qwen's file of ranks.
+
+        Args:
+            path: a file whose lines are a token in base64 and its rank, from 0 without gaps, all 256 bytes among them.
+
+        Returns:
+            The tokenizer, with `QWEN2_SPECIALS` after the last rank.
+
+        Raises:
+            ValueError: ranks are missing, or a token has no merge.
+
+        Source: Qwen's tokenization_qwen.py.
+        """
         lines = Path(path).read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
         if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
@@ -95,7 +117,14 @@ class Tokenizer:
         return self.special("<|im_end|>" if "<|im_end|>" in self._special else "<|endoftext|>")
 
     def special(self, name: str) -> int:
-        """The id of a special token. ValueError if the vocabulary has none of that name."""
+        """Returns the id of a special token.
+
+        Args:
+            name: its text, such as "<|im_end|>".
+
+        Raises:
+            ValueError: the vocabulary has no special token of that name.
+        """
         if name not in self._special:
             raise ValueError(f"the tokenizer has no special token {name!r}, only {sorted(self._special)}")
         return self._special[name]
@@ -107,11 +136,28 @@ class Tokenizer:
         return self._backend.id_to_token(ids[0]) if ids and ids[0] in self._special_ids else None
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that are no special tokens here."""
+        """Lists the names that are no special tokens here.
+
+        Args:
+            names: texts such as "<|im_end|>".
+
+        Returns:
+            Those of `names` that are missing, in their order.
+        """
         return [name for name in names if name not in self._special]
 
     def with_specials(self, names: Iterable[str]) -> "Tokenizer":
-        """This tokenizer and special tokens behind its last id, in order. ValueError where ids would be used twice."""
+        """Copies this tokenizer and adds special tokens after its last id, in order.
+
+        Args:
+            names: texts of the tokens. Those that are special already keep their ids.
+
+        Returns:
+            A new tokenizer.
+
+        Raises:
+            ValueError: ids have gaps, so that a new token would get an id below `vocab_size`.
+        """
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         names = self.missing(names)
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -126,14 +172,31 @@ class Tokenizer:
         return made
 
     def encode(self, text: str) -> list[int]:
-        """`text` as ordinary tokens, with no BOS. ValueError if it is no Unicode text (a lone surrogate)."""
+        """Encodes a text as ordinary tokens, with no BOS.
+
+        Args:
+            text: names of special tokens in it are ordinary characters.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            ValueError: `text` is no Unicode text (a lone surrogate, or no string).
+        """
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except TypeError as error:
             raise ValueError(f"encode needs Unicode text, got {text!r:.60}") from error
 
     def split(self, text: str) -> list[str | int]:
-        """Trusted `text` cut at the names of special tokens: the texts between them, none empty, and their ids."""
+        """Cuts a trusted text at the names of special tokens.
+
+        Args:
+            text: what a chat template wrote. Never what a user typed.
+
+        Returns:
+            The texts between the names, none empty, and the ids of the names, in order.
+        """
         parts: list[str | int] = []
         end = 0
         for match in self._names.finditer(text):
@@ -142,20 +205,35 @@ class Tokenizer:
         return [part for part in (*parts, text[end:]) if part != ""]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special tokens, and ids above the vocabulary (padding of an embedding), are skipped."""
+        """Decodes token ids.
+
+        Args:
+            ids: token ids. Special tokens, and ids above the vocabulary (padding of an embedding), are skipped.
+
+        Returns:
+            The text.
+        """
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def is_text(self, token_id: int) -> bool:
-        """Whether `decode` writes anything for this id."""
+        """Returns whether `decode` writes anything for this id.
+
+        Args:
+            token_id: any id, also one above the vocabulary.
+        """
         return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json into `folder`, which must exist."""
+        """Writes tokenizer.json.
+
+        Args:
+            folder: an existing folder.
+        """
         self._backend.save(str(Path(folder) / "tokenizer.json"))
 
 
 class Detokenizer:
-    """Decodes one id at a time: what `push` and `flush` return, joined, is `decode` of all the ids.
+    """Decodes one id at a time: the concatenation of what `push` and `flush` return is `decode` of all the ids.
 
     Exact for byte-level vocabularies, whatever the bytes. A character of UTF-8 has at most 4 bytes and a token at least
     one, so only the last 4 tokens can still change the text; and of that only a last U+FFFD, which stands for the
@@ -168,6 +246,14 @@ class Detokenizer:
         self._num_sent = 0  # characters of decode(tail) that were returned
 
     def push(self, token_id: int) -> str:
+        """Takes the next id.
+
+        Args:
+            token_id: any id. One that is no text changes nothing.
+
+        Returns:
+            The text that is now certain, perhaps "".
+        """
         if not self._tokenizer.is_text(token_id):
             return ""
         self._tail.append(token_id)
@@ -181,7 +267,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What was held back: the stream is over."""
+        """Returns what was held back, and starts anew."""
         text = self._tokenizer.decode(self._tail)[self._num_sent :]
         self._tail, self._num_sent = [], 0
         return text
@@ -243,9 +329,9 @@ def _merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] |
         return splits[0] if splits else None
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, limit) for a, b in pairwise(parts)]
-        at = min(range(len(joined)), key=joined.__getitem__)
-        if joined[at] >= limit:
+        merged = [ranks.get(a + b, limit) for a, b in pairwise(parts)]
+        place = min(range(len(merged)), key=merged.__getitem__)
+        if merged[place] >= limit:
             return None
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts[0], parts[1]

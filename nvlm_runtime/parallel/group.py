@@ -86,17 +86,39 @@ class Group:
             raise ValueError(f"the rank must be from 0 to {self.size - 1} (a group of {self.size}), got {self.rank}")
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Sums all ranks' x, of one shape. Gradients pass as they are. Without gradients x is overwritten."""
+        """Sums a tensor over the ranks. Gradients pass unchanged.
+
+        Args:
+            x: of one shape on all ranks, any dtype. Without a gradient it is overwritten.
+
+        Returns:
+            The sum, of x's shape.
+        """
         if self.size == 1:
             return x
         return _Reduce.apply(x, self) if x.requires_grad else self.all_reduce(x.contiguous())
 
     def spread(self, x: Tensor) -> Tensor:
-        """Returns x; its gradient is the sum of all ranks' gradients."""
+        """Passes a tensor on; its gradient is the sum of all ranks' gradients.
+
+        Args:
+            x: equal on all ranks.
+
+        Returns:
+            x.
+        """
         return x if self.size == 1 or not x.requires_grad else _Spread.apply(x, self)
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Concatenates all ranks' x, of one shape, along `dim`. A rank's gradient is its part."""
+        """Concatenates the ranks' tensors. A rank's gradient is its part.
+
+        Args:
+            x: of one shape on all ranks.
+            dim: the dimension to concatenate along, the last by default.
+
+        Returns:
+            A tensor `size` times as long along `dim`, in the order of the ranks.
+        """
         if self.size == 1:
             return x
         return _Gather.apply(x, self, dim) if x.requires_grad else torch.cat(self.all_gather(x), dim)
@@ -114,7 +136,14 @@ class Group:
         return _ShareGradient.apply(rows, self, part, num)
 
     def largest(self, x: Tensor) -> Tensor:
-        """Returns the elementwise maximum of the ranks' x, without a gradient."""
+        """Takes the elementwise maximum over the ranks, without a gradient.
+
+        Args:
+            x: of one shape on all ranks.
+
+        Returns:
+            The maximum, of x's shape.
+        """
         return x if self.size == 1 else torch.stack(self.all_gather(x.detach())).amax(0)
 
     def collect(self, x: Tensor) -> Tensor:
@@ -133,13 +162,27 @@ class Group:
             dist.barrier(self.handle)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sums over the ranks, in place."""
+        """Sums a tensor over the ranks, in place and without a gradient.
+
+        Args:
+            x: contiguous, of one shape on all ranks.
+
+        Returns:
+            x itself.
+        """
         if self.handle is not None:
             dist.all_reduce(x, group=self.handle)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Returns every rank's x, all of one shape."""
+        """Collects the ranks' tensors, without a gradient.
+
+        Args:
+            x: of one shape on all ranks.
+
+        Returns:
+            One tensor per rank, in their order.
+        """
         if self.handle is None:
             return [x] * self.size
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -147,7 +190,14 @@ class Group:
         return parts
 
     def agree(self, value: Any) -> Any:
-        """Returns rank 0's value, small and picklable, on every rank."""
+        """Sends rank 0's value to every rank.
+
+        Args:
+            value: small and picklable. Only rank 0's is used.
+
+        Returns:
+            Rank 0's value.
+        """
         if self.handle is None:
             return value
         values = [value]

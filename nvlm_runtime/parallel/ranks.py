@@ -100,7 +100,16 @@ def join_mesh(device: str, tensor: int | None, data: int | None, timeout: float 
 
 
 def mesh_of(world: Group, data: int, timeout: float = TIMEOUT) -> Mesh:
-    """Returns a group's mesh: `data` tensor groups of consecutive ranks. Every rank has to call this."""
+    """Cuts a group into tensor groups of consecutive ranks. Every rank has to call this.
+
+    Args:
+        world: all ranks.
+        data: number of tensor groups. It must divide `world.size`.
+        timeout: seconds that a collective waits for the other ranks.
+
+    Returns:
+        The mesh as this rank sees it.
+    """
     size, patience = world.size // data, timedelta(seconds=timeout)
     rows = [list(range(first, first + size)) for first in range(0, world.size, size)]
     columns = [list(column) for column in zip(*rows, strict=True)]
@@ -117,7 +126,11 @@ def mesh_of(world: Group, data: int, timeout: float = TIMEOUT) -> Mesh:
 
 
 def wait_for_loading(group: Group) -> None:
-    """Returns when all ranks have called it. Waits up to `LOADING` seconds, for the slowest disk."""
+    """Returns when all ranks have called it. Waits up to `LOADING` seconds, for the slowest disk.
+
+    Args:
+        group: the ranks. A group of one returns at once.
+    """
     if group.handle is not None:
         dist.barrier()
 
@@ -130,9 +143,12 @@ def leave() -> None:
 
 
 def abandon(code: int) -> None:
-    """Ends a rank of a group at once, with this exit code; returns where there is no group yet.
+    """Ends a rank of a group at once; returns where there is no group yet.
 
     A thread may hang in a collective. An ordinary exit would then end in abort(), which hides the exit code.
+
+    Args:
+        code: the process's exit code.
     """
     if dist.is_available() and dist.is_initialized():
         sys.stderr.flush()

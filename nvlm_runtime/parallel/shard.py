@@ -81,7 +81,14 @@ def _copy(config: Any, kind: type, **changes: Any) -> Any:
 
 
 def group_sizes(config: NVLMConfig) -> list[int]:
-    """Returns every number of ranks, up to `MAX_RANKS`, that the model can be split over."""
+    """Lists the sizes of groups that the model can be split over.
+
+    Args:
+        config: the whole model's configuration.
+
+    Returns:
+        Numbers of ranks up to `MAX_RANKS`, ascending, 1 included.
+    """
     return [size for size in range(1, MAX_RANKS + 1) if _splits(config, size)]
 
 
@@ -135,9 +142,15 @@ def shard_config(config: NVLMConfig, group: Group, vision_split: VisionSplit = "
 
 
 def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """Returns the rows of a tensor that this rank holds, and the index of the first of them.
+    """Finds the rows of a tensor that this rank holds.
 
     FSDP gives every rank an equal run of rows; the last runs may be shorter or empty. Any other tensor is held whole.
+
+    Args:
+        tensor: a tensor, or a DTensor cut along its first dimension.
+
+    Returns:
+        The rows that are held, and the index of the first of them.
     """
     if not hasattr(tensor, "to_local"):
         return tensor, 0
@@ -160,7 +173,14 @@ class VocabularyEmbedding(nn.Embedding):
         self.first_id = config.first_id if isinstance(config, TextShard) else 0
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: int64 of any shape. Returns [*, C]."""
+        """Looks up embeddings, summed over the ranks.
+
+        Args:
+            ids: token ids of the whole vocabulary, int64 of any shape.
+
+        Returns:
+            Embeddings [*, C], the same on every rank.
+        """
         if self.group.size == 1:
             return super().forward(ids)
         ids = ids - self.first_id

@@ -98,3 +98,8 @@ def test_a_value_walks_as_it_is_written(title, tmp_path):
     order = list(found)
     places = [order.index(hop) for hop in hops]
     assert places == sorted(places), [hops[i] for i in sorted(range(len(hops)), key=places.__getitem__)]
+
+
+def test_an_image_passes_every_file_once():
+    files = [file for file, _ in HOP.findall(WALKS["an image, from a path to the decoder"])]
+    assert len(set(files)) == len(files)
