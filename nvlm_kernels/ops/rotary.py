@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from nvlm_kernels._backend import triton_op, use_triton
+from nvlm_kernels._backend import has_values, triton_op, use_triton
 
 BLOCK = 4096  # elements of each half: with 64 heads of 128, a token's angles are read by two or three programs
 WARPS = 8  # 8 elements a lane of AMD's 64, a 16-byte load in bf16
@@ -41,9 +41,14 @@ def rotary_cache_ref(
 ) -> Tensor:
     num_kv_heads = k_cache.shape[2]
     q, k = rotary_ref(qkv, cos, sin, num_heads, num_kv_heads)
+    v = qkv.unflatten(-1, (-1, cos.shape[-1]))[:, :, -num_kv_heads:]
     rows = torch.arange(len(positions), device=positions.device)[:, None]
+    if has_values(positions):
+        inside = (positions >= 0) & (positions < k_cache.shape[1])
+        if not inside.all():
+            rows, positions, k, v = rows.expand_as(positions)[inside], positions[inside], k[inside], v[inside]
     k_cache[rows, positions] = k
-    v_cache[rows, positions] = qkv.unflatten(-1, (-1, cos.shape[-1]))[:, :, -num_kv_heads:]
+    v_cache[rows, positions] = v
     return q
 
 
@@ -283,8 +288,8 @@ def rotary_cache(
     """Rotated q [B, T, H, D]; rotated k and plain v are written into the caches [B, S, Hkv, D] at positions [B, T].
 
     The caches may be strided views whose last axis is dense. positions: int64, in [0, S), none twice in a row of the
-    batch. They cannot be looked at without waiting for the device, so they are not checked: the kernel writes nothing
-    for a position outside, the reference raises IndexError or counts a negative one from the end.
+    batch. They cannot be looked at without waiting for the device, so they are not checked: nothing is written for a
+    position outside.
     Raises ValueError when shapes do not fit each other, D is odd, or dtypes or devices differ.
     """
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:

@@ -5,8 +5,8 @@ one step for each tile count of an image, with nothing padded; one for each chun
 padded by less than 32 tokens; and one for each batch size of a decode step, rounded up to a power of two. All share one
 memory pool. In a tensor-parallel group every rank builds the same steps in the same order, and their collectives are
 captured too.
-Without a GPU a step runs uncaptured: the same code on the same buffers. `bench.proofs.replay.check` then checks that it
-keeps the rules of CUDA graphs.
+Without a GPU a step runs uncaptured: the same code on the same buffers, with the same dry runs.
+`bench.proofs.replay.check` then checks that it keeps the rules of CUDA graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class CapturedStep:
         name: what it does, for messages.
         fn: reads and writes the buffers and keeps nothing else.
         buffers: the tensors, by name.
-        graph: the captured graph; None before `capture`.
+        graph: the captured graph; None before `build`, and without a GPU.
     """
 
     name: str
@@ -51,21 +51,29 @@ class CapturedStep:
         else:
             self.graph.replay()
 
-    def capture(self, pool: tuple[int, int], mode: str) -> None:
-        """Runs the function, which compiles every kernel, then captures it. The buffers keep what the runs wrote.
+    def build(self, pool: tuple[int, int] | None) -> None:
+        """Makes the dry runs, which compile every kernel, and captures the function where there is a pool.
+
+        A CPU makes the same dry runs, so what they touch is the same everywhere. The buffers keep what they wrote.
+        Other threads may call CUDA meanwhile.
 
         Args:
-            pool: memory pool of the graph.
-            mode: which threads may not call CUDA meanwhile: `capture_error_mode` of torch.cuda.graph.
+            pool: memory pool of the graph; None without a GPU.
         """
+        if pool is None:
+            self._dry_run()
+            return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                self.fn()
+            self._dry_run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode=mode):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.fn()
+
+    def _dry_run(self) -> None:
+        for _ in range(2):
             self.fn()
 
 
@@ -182,10 +190,8 @@ class CapturedRunner:
         name = tuple(id(part) if isinstance(part, BatchSlots) else part for part in key)
         if name not in self.steps:
             step = build()
-            if self._pool is not None:
-                with key[1].all_inactive() if isinstance(key[1], BatchSlots) else nullcontext():
-                    # a group's watchdog asks CUDA for its events from a thread of its own
-                    step.capture(self._pool, "global" if self.model.group.size == 1 else "thread_local")
+            with key[1].all_inactive() if isinstance(key[1], BatchSlots) else nullcontext():
+                step.build(self._pool)
             self.steps[name] = step
             self._on_build(step.name)
         return self.steps[name]
@@ -225,7 +231,8 @@ class CapturedRunner:
         x, hidden = self._empty(1, length, width), self._empty(1, length, width)
         positions, places = (self._empty(1, length, dtype=torch.int64) for _ in range(2))
         spans, intervals = (self._empty(1, length, 2, dtype=torch.int64) for _ in range(2))
-        places.copy_(torch.arange(length, device=self.device)[None] + slots.capacity)
+        # until the first prompt: after the last row's end, where nothing is written
+        places.copy_(torch.arange(length, device=self.device)[None] + len(slots) * slots.cache.capacity)
         cross = None
         if slots.cross is not None and slots.cross_capacity:
             cross = CrossKV(*(side.flatten(1, 2)[:, None] for side in (slots.cross.k, slots.cross.v)))

@@ -227,7 +227,8 @@ class FlatPast:
 
     Args:
         cache: B rows of S positions each.
-        places: int64 [1, T], where the chunk's keys and values are written, from 0 to B * S, none of them twice.
+        places: int64 [1, T], where the chunk's keys and values are written, from 0 to B * S, none of them twice. Beyond
+            B * S nothing is written.
         spans: int64 [1, T, 2], the places [start, end) that each token sees, its own included. An empty span gives 0.
     """
 

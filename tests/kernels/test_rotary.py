@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nvlm_kernels._backend import INTERPRET, use_triton
+from nvlm_kernels._backend import use_triton
 from nvlm_kernels.ops.rotary import BLOCK, _cache, _fwd, rotary, rotary_cache, rotary_cache_ref, rotary_ref
 from tests.util import check_op, planted
 
@@ -153,7 +153,6 @@ def test_cache_of_any_layout(dims, dtype, device):
     assert torch.equal(v, want[1])
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the reference raises IndexError, and a GPU is not asked")
 @pytest.mark.parametrize("outside", [-1, 5, 2**40])
 def test_position_outside_writes_nothing(outside, dtype, memory):
     qkv, cos, sin = _inputs(2, 2, 4, 2, 16, dtype, "cpu")
@@ -163,7 +162,8 @@ def test_position_outside_writes_nothing(outside, dtype, memory):
     for cache in (k, v):
         written = (cache != 7).flatten(2).any(-1)
         assert written.tolist() == [[False, True, False, False, False], [False, False, False, True, False]]
-    assert memory.access["_cache_kernel", "k_cache_ptr"].stored == k[0, 0].nbytes * 2
+    if memory is not None:
+        assert memory.access["_cache_kernel", "k_cache_ptr"].stored == k[0, 0].nbytes * 2
 
 
 def test_cache_bytes(memory, dtype):
