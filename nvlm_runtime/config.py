@@ -34,10 +34,12 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head, D."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_patches(self) -> int:
+        """Patches of a tile."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -70,6 +72,7 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head, D."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -81,6 +84,7 @@ class TextConfig:
 
     @property
     def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases: in Qwen2."""
         return self.architecture == "Qwen2ForCausalLM"
 
 
@@ -136,10 +140,12 @@ class NVLMConfig:
 
     @property
     def routing(self) -> Routing:
+        """Where the variant puts tiles and tags."""
         return ROUTING[self.variant]
 
     @property
     def tokens_per_tile(self) -> int:
+        """Image tokens of a tile, P: a quarter of its patches."""
         return self.vision.num_patches // 4
 
     def __post_init__(self):
@@ -203,7 +209,17 @@ class _Section:
 
 
 def vision_from_hf(values: Mapping[str, Any]) -> VisionConfig:
-    """InternViT's own config.json, or "vision_config" in another's. ValueError as `from_hf` raises it."""
+    """Reads the configuration of a vision encoder.
+
+    Args:
+        values: InternViT's own config.json, or "vision_config" of another's.
+
+    Returns:
+        The configuration. `num_dummy_heads` is 0 where it is absent.
+
+    Raises:
+        ValueError: a value is missing, of a wrong type, or one that this runtime does not know; names it.
+    """
     section = _Section("vision_config", values)
     section.choose("hidden_act", ("gelu",), "gelu")
     return VisionConfig(
@@ -235,7 +251,17 @@ def _rope_from_hf(section: _Section) -> RopeScaling | None:
 
 
 def text_from_hf(values: Mapping[str, Any]) -> TextConfig:
-    """A Qwen2's or Llama's own config.json, or "llm_config" in another's. ValueError as `from_hf` raises it."""
+    """Reads the configuration of a text model.
+
+    Args:
+        values: a Qwen2's or Llama's own config.json, or "llm_config" of another's.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: a value is missing, of a wrong type, or one that this runtime does not know; names it.
+    """
     section = _Section("llm_config", values)
     architecture = section.need("architectures", list)[:1]
     if architecture not in (["Qwen2ForCausalLM"], ["LlamaForCausalLM"]):
@@ -277,10 +303,19 @@ def _cross_from_hf(values: Mapping[str, Any]) -> CrossConfig:
 
 
 def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
-    """A config.json in the published layout, architectures NVLM_D, NVLM_X or NVLM_H.
+    """Reads a config.json in the published layout, architectures NVLM_D, NVLM_X or NVLM_H.
 
-    Keys this runtime has no use for are ignored; a value it needs and does not find, or does not know, is a
-    ValueError that names it. Absent keys fall back only on what the published code itself falls back on.
+    Keys this runtime has no use for are ignored. Absent keys fall back only on what the published code itself falls
+    back on.
+
+    Args:
+        values: the JSON object.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: a value is missing, of a wrong type, or one that this runtime does not know; names it.
     """
     section = _Section("config.json", values)
     architecture = section.need("architectures", list)[:1]
@@ -317,7 +352,15 @@ def from_hf(values: Mapping[str, Any]) -> NVLMConfig:
 
 
 def to_hf(config: NVLMConfig, dtype: str) -> dict[str, Any]:
-    """The config.json that `from_hf` reads back. dtype: the checkpoint's, as torch names it ("bfloat16")."""
+    """Writes the config.json that `from_hf` reads back.
+
+    Args:
+        config: the model's configuration.
+        dtype: the checkpoint's, as torch names it ("bfloat16").
+
+    Returns:
+        The JSON object.
+    """
     vision, text = asdict(config.vision), asdict(config.text)
     text["architectures"] = [text.pop("architecture")]
     text |= {"hidden_act": "silu", "attention_bias": config.text.qkv_bias, "torch_dtype": dtype}

@@ -132,7 +132,11 @@ class EagerBatch:
             self.view = CrossView(view.kv, after[:, None])
 
     def fill_context(self, length: int) -> None:
-        """Replaces the context by `length` positions of noise: the time of a step does not depend on the values."""
+        """Replaces the context by noise: the time of a step does not depend on the values.
+
+        Args:
+            length: positions that are in use afterwards.
+        """
         for side in (self.cache.k, self.cache.v):
             side.normal_()
         self.length = length

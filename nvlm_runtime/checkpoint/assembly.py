@@ -51,7 +51,14 @@ class Assembly:
     num_new_rows: int
 
     def save(self, folder: Path) -> None:
-        """Writes the checkpoint whole or not at all. Raises ValueError where `folder` is there and not empty."""
+        """Writes the checkpoint whole or not at all.
+
+        Args:
+            folder: a new or empty folder.
+
+        Raises:
+            ValueError: `folder` exists and is not empty.
+        """
         with new_folder(folder) as partial:
             self.tokenizer.save(partial)
             if self.template is not None:
@@ -61,9 +68,16 @@ class Assembly:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write to, which becomes `folder` at the end, or is gone where the block raises.
+    """Yields a folder to write to, which becomes `folder` at the end, or is deleted where the block raises.
 
-    Raises ValueError where `folder` is there and not empty.
+    Args:
+        folder: a new or empty folder. The one that is yielded stands beside it.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        ValueError: `folder` exists and is not empty.
     """
     check_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +94,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_empty(folder: Path) -> None:
-    """ValueError for a file, and for a folder that holds anything."""
+    """Checks that a folder is new or empty.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        ValueError: it is a file, or holds anything.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty: give a new folder")
 
 
 def gated_layers(num_layers: int, every: int | None = None) -> tuple[int, ...]:
-    """Every so many layers from layer 0; None makes about ten of them. ValueError below 1 and above `num_layers`."""
+    """Chooses the layers that get cross-attention: every so many from layer 0.
+
+    Args:
+        num_layers: layers of the decoder.
+        every: distance between two of them; None makes about ten of them.
+
+    Returns:
+        Indices of layers, ascending.
+
+    Raises:
+        ValueError: `every` is below 1 or above `num_layers`.
+    """
     if every is None:
         every = max(1, num_layers // GATED_LAYERS)
     if not 1 <= every <= num_layers:
@@ -108,12 +140,28 @@ def assemble(
     dtype: torch.dtype | None = None,
     max_tiles: int = 6,
 ) -> Assembly:
-    """variant: "d", "x" or "h". text: as `open_text_model` takes it. vision: as `open_vision_encoder` does.
+    """Makes a new model from a text model and a vision encoder; projector and cross-attention are drawn at random.
 
-    every, layers: where NVLM-X and -H get cross-attention, in one layer of so many or in those named; `gated_layers`
-    where both are None. placement, ffn, positions: of `CrossConfig`. dtype: of all weights, None the text model's own,
-    float32 where it was quantised. Raises FileNotFoundError or ValueError for absent, damaged, missing, unexpected and
-    wrongly shaped weights, before memory is allocated.
+    Args:
+        variant: "d", "x" or "h".
+        text: as `open_text_model` takes it.
+        vision: as `open_vision_encoder` takes it.
+        seed: of the new weights, 0 by default.
+        every: NVLM-X and -H get cross-attention in one layer of so many.
+        layers: the layers that get it. With neither `every` nor `layers`, `gated_layers` chooses.
+        placement: of `CrossConfig`.
+        ffn: of `CrossConfig`.
+        positions: of `CrossConfig`.
+        dtype: of all weights; None is the text model's own, float32 where it was quantised.
+        max_tiles: the most regular tiles of an image, 6 by default.
+
+    Returns:
+        The model in eval mode, its tokenizer and its template.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: weights are damaged, missing, unexpected or wrongly shaped, or an option is invalid. Both are raised
+            before memory is allocated.
     """
     if variant not in VARIANTS:
         raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
@@ -163,7 +211,11 @@ def _vocabulary(text_source: TextSource) -> tuple[Tokenizer, dict[str, int]]:
 
 
 def is_of_text_model(name: str) -> bool:
-    """Whether a tensor of a checkpoint is the text model's own."""
+    """Returns whether a tensor of a checkpoint is the text model's own.
+
+    Args:
+        name: the tensor's name in the file.
+    """
     return name.startswith("language_model.") and ".cross_attn." not in name
 
 

@@ -8,7 +8,17 @@ BUNDLED = Path(__file__).parents[1] / "models"
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder of a bundled model or of a path. ValueError saying what was expected."""
+    """Finds the folder of a model.
+
+    Args:
+        name: a bundled name or a folder.
+
+    Returns:
+        The folder, which exists.
+
+    Raises:
+        ValueError: there is none; says what was expected.
+    """
     bundled = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
     if str(name) in bundled:
         return BUNDLED / str(name)

@@ -53,6 +53,15 @@ class GGUFFile:
     tensors: "dict[str, gguf.ReaderTensor]"
 
     def need(self, key: str, kind: type) -> Any:
+        """Returns a field of the header.
+
+        Args:
+            key: its name.
+            kind: the type it must have. An int is taken where a float is expected.
+
+        Raises:
+            ValueError: it is absent or of another type.
+        """
         value = self.fields.get(key)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -83,7 +92,17 @@ class GGUFTensor:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Reads the header and maps the tensors. ValueError for a file that is cut or none, and without the package."""
+    """Reads the header of a GGUF file and maps its tensors.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The file's fields and tensors.
+
+    Raises:
+        ValueError: the file is truncated or no GGUF file, or the package gguf is missing.
+    """
     try:
         import gguf
     except ImportError as error:
@@ -101,7 +120,17 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 def gguf_config(file: GGUFFile) -> TextConfig:
-    """Raises ValueError for another architecture, scaled rotary positions other than YaRN's, and absent keys."""
+    """Reads the configuration of the text model in a GGUF file.
+
+    Args:
+        file: from `open_gguf`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: another architecture, scaled rotary positions, or absent keys.
+    """
     name = file.need("general.architecture", str)
     if name not in ARCHITECTURES:
         raise ValueError(f"{file.path}: architecture must be {' or '.join(ARCHITECTURES)}, got {name!r}")
@@ -142,7 +171,18 @@ def _decimal(value: float) -> float:
 
 
 def gguf_tensors(file: GGUFFile, config: TextConfig) -> dict[str, GGUFTensor]:
-    """By transformers' names. ValueError for a quantisation `gguf` cannot undo and for a tensor not known here."""
+    """Lists the tensors of a GGUF file under transformers' names.
+
+    Args:
+        file: from `open_gguf`.
+        config: from `gguf_config`.
+
+    Returns:
+        Names to tensors, which are dequantised when they are read.
+
+    Raises:
+        ValueError: a quantisation that the package gguf cannot undo, or an unknown tensor.
+    """
     import gguf
 
     can: dict[gguf.GGMLQuantizationType, bool] = {}
@@ -185,9 +225,16 @@ def _hf_name(path: Path, name: str) -> str:
 
 
 def gguf_tokenizer(file: GGUFFile) -> tuple[Tokenizer, str | None]:
-    """The tokenizer, and the name of the token that begins every prompt or None.
+    """Makes the tokenizer of a GGUF file.
 
-    Raises ValueError for a vocabulary that is no byte-level BPE, and for a way of cutting text not known here.
+    Args:
+        file: from `open_gguf`.
+
+    Returns:
+        The tokenizer, and the name of the token that begins every prompt or None.
+
+    Raises:
+        ValueError: the vocabulary is no byte-level BPE, or its way of cutting text is unknown.
     """
     kind = file.need("tokenizer.ggml.model", str)
     if kind != "gpt2":
@@ -241,7 +288,17 @@ def _token(file: GGUFFile, tokens: list[str], role: str) -> str | None:
 
 
 def gguf_template(file: GGUFFile) -> ChatTemplate | None:
-    """The chat template, with the tokens it may name. ValueError where it does not compile."""
+    """Reads the chat template of a GGUF file.
+
+    Args:
+        file: from `open_gguf`.
+
+    Returns:
+        The template, with the tokens it may name; None without one.
+
+    Raises:
+        ValueError: it does not compile.
+    """
     source = file.fields.get("tokenizer.chat_template")
     if source is None:
         return None

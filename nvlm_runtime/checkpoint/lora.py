@@ -114,12 +114,28 @@ def add_lora(
     rslora: bool = False,
     generator: torch.Generator | None = None,
 ) -> list[nn.Parameter]:
-    """Puts new adapters on a model, in place. They alone require a gradient afterwards, and are returned.
+    """Puts new adapters on a model, in place. They alone require a gradient afterwards.
 
-    targets: parts ("vision", "projector", "cross", "decoder"), or linears of one ("decoder.q_proj", "vision.fc1"), by
-    the last word of their name in the checkpoint. generator: of the first weights, on the CPU; None is torch's own. A
-    new adapter changes no answer. One inside a gated layer whose gate is 0 gets no gradient. Raises ValueError for an
-    unknown target, sizes that are none, a model that holds adapters or is quantised, and a rank of a group.
+    A new adapter changes no answer. One inside a gated layer whose gate is 0 gets no gradient.
+
+    Args:
+        model: the whole model, neither adapted nor quantised.
+        targets: parts ("vision", "projector", "cross", "decoder"), or linears of one ("decoder.q_proj", "vision.fc1"),
+            by the last word of their name in the checkpoint.
+        rank: inner size of an adapter.
+        alpha: the adapter's output is multiplied by alpha / rank.
+        dropout: probability on the adapter's input, 0 by default.
+        rslora: whether the factor is alpha / sqrt(rank) instead.
+        generator: of the first weights, on the CPU; None is torch's own.
+
+    Returns:
+        The adapters' parameters.
+
+    Raises:
+        ValueError: an unknown target, an invalid size, a model that holds adapters or is quantised, or a rank of a
+            group.
+
+    Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732).
     """
     config = LoraConfig(rank, alpha, dropout, rslora)
     if _is_adapted(model):
@@ -143,7 +159,14 @@ def add_lora(
 
 
 def merge_lora(model: NVLMModel) -> None:
-    """Puts the adapters into the weights, in place; rounded once to the weights' dtype. ValueError without adapters."""
+    """Adds the adapters to the weights, in place; rounded once to the weights' dtype.
+
+    Args:
+        model: a model with adapters.
+
+    Raises:
+        ValueError: the model holds no adapters.
+    """
     adapted = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     if not adapted:
         raise ValueError("lora: the model holds no adapters to merge")
@@ -154,8 +177,14 @@ def merge_lora(model: NVLMModel) -> None:
 def save_lora(model: NVLMModel, folder: str | Path, *, text_names: bool = False, base: str | None = None) -> None:
     """Writes the adapters as PEFT does: `CONFIG` and `TENSORS`, each under a temporary name first.
 
-    text_names: name them as the bare text model has them. base: the checkpoint they belong to, for the file's reader.
-    Raises ValueError without adapters, and for text_names where any stands outside the decoder.
+    Args:
+        model: a model with adapters.
+        folder: made where it does not exist.
+        text_names: whether they are named as the bare text model has them.
+        base: the checkpoint they belong to, for the file's reader.
+
+    Raises:
+        ValueError: the model holds no adapters, or `text_names` where one stands outside the decoder.
     """
     folder = Path(folder)
     if not _is_adapted(model):
@@ -228,11 +257,20 @@ def _from_file(tensor: Tensor, place: _Place, side: str, name: str) -> Tensor:
 
 
 def load_lora(model: NVLMModel, folder: str | Path) -> list[nn.Parameter]:
-    """Puts the adapters of a folder on a model, in place, as `add_lora` does; returned are the parameters to train on.
+    """Puts the adapters of a folder on a model, in place, as `add_lora` does.
 
-    Raises FileNotFoundError or ValueError, before the model is touched, for absent and damaged files, a kind of
-    adapter this runtime does not know (DoRA, trained biases, ranks or alphas of their own, ...), linears the model does
-    not have, other shapes than the model's, and a linear that "target_modules" names and the file lacks.
+    Args:
+        model: the whole model, neither adapted nor quantised.
+        folder: holds `CONFIG` and `TENSORS`.
+
+    Returns:
+        The adapters' parameters, to train on.
+
+    Raises:
+        FileNotFoundError: the folder or a file does not exist.
+        ValueError: a damaged file, a kind of adapter that this runtime does not know (DoRA, trained biases, ranks or
+            alphas per linear, ...), a linear that the model lacks, another shape than the model's, or a linear that
+            "target_modules" names and the file lacks. The model has not changed then.
     """
     folder = Path(folder)
     if not folder.is_dir():

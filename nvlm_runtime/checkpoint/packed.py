@@ -44,7 +44,11 @@ def pack(tensors: Mapping[str, Tensor], linears: Iterable[str]) -> dict[str, Ten
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a safetensors file holds packed linears; False for a file that cannot be read."""
+    """Returns whether a safetensors file holds packed linears; False for a file that cannot be read.
+
+    Args:
+        path: the file.
+    """
     try:
         with safe_open(path, "pt") as file:
             return any(name.endswith(".scale") for name in file.keys())

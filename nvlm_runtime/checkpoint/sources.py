@@ -93,7 +93,13 @@ def open_text_model(source: str | Path, stack: ExitStack) -> TextSource:
 
 
 def text_model_path(source: str | Path) -> Path:
-    """The folder or GGUF file that `open_text_model` opens.
+    """Finds the folder or GGUF file that `open_text_model` opens.
+
+    Args:
+        source: a path, or `SMOLLM2`.
+
+    Returns:
+        The path, which exists.
 
     Raises:
         FileNotFoundError: there is none.
@@ -107,7 +113,13 @@ def text_model_path(source: str | Path) -> Path:
 
 
 def text_model_digest(source: str | Path) -> str:
-    """SHA-256 of a GGUF file, or of the hashes of a folder's config.json and weights, one after the other.
+    """Hashes the weights of a text model.
+
+    Args:
+        source: as `text_model_path` takes it.
+
+    Returns:
+        SHA-256 in hex: of a GGUF file, or of the hashes of a folder's config.json and weights, one after the other.
 
     Raises:
         FileNotFoundError: as `text_model_path`.

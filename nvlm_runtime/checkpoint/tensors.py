@@ -24,7 +24,7 @@ from nvlm_runtime.parallel.shard import TextShard, VisionShard, held_rows
 
 @dataclass(frozen=True)
 class Piece:
-    """Along one axis, [start, end) of a file's tensor, which stands from `at` in the parameter."""
+    """Along one axis, [start, end) of a file's tensor, at position `at` of the parameter."""
 
     start: int
     end: int
@@ -32,10 +32,19 @@ class Piece:
 
     @property
     def size(self) -> int:
+        """Length along the axis."""
         return self.end - self.start
 
     def among(self, first: int, num: int) -> "Piece":
-        """What of it stands in `num` places of the parameter from `first` on, whose places are counted from there."""
+        """Cuts the piece to a run of positions of the parameter.
+
+        Args:
+            first: the first position of the run.
+            num: positions of the run.
+
+        Returns:
+            What of the piece is in the run, `at` counted from `first`. Its size is 0 where that is nothing.
+        """
         begin, end = max(self.at, first), min(self.at + self.size, first + num)
         start = self.start + begin - self.at
         return Piece(start, start + max(0, end - begin), begin - first)
@@ -72,9 +81,16 @@ COLUMN_PARTS = ("down_proj", "fc2")
 
 
 def file_entries(model: NVLMModel) -> dict[str, Entry]:
-    """File name of every tensor to its entry, in file order. A rank of a group has the same names and shapes.
+    """Lists every tensor of a checkpoint's files. A rank of a group has the same names and shapes.
 
-    Adapters (`adapter`) are not the checkpoint's, and left out. Quantised linears are there as the model holds them.
+    Adapters (`model.adapter`) are not the checkpoint's, and left out. Quantised linears are there as the model holds
+    them.
+
+    Args:
+        model: the model, also one without memory (`outline`).
+
+    Returns:
+        File names to entries, in file order.
     """
     entries: dict[str, Entry] = {}
     for parameter, tensor in model.named_parameters():
@@ -100,8 +116,15 @@ def _copies(model: NVLMModel, name: str, entry: Entry) -> int:
 
 
 def square_norm(model: NVLMModel, tensors: Mapping[str, Tensor], data: Group = SOLO) -> Tensor:
-    """The sum of squares, fp64, of something that all ranks hold as they hold parameters of these names: of each number
-    of the whole model once, on every rank. data: ranks that share out the rows of each.
+    """Sums the squares of something that all ranks hold as they hold parameters: each number of the whole model once.
+
+    Args:
+        model: the model whose parameters name the tensors.
+        tensors: parameters' names to tensors of the parameters' shapes, gradients for example.
+        data: ranks that share out the rows of each.
+
+    Returns:
+        The sum, an fp64 scalar, the same on every rank.
     """
     total = torch.zeros((), dtype=torch.float64)
     for entry in file_entries(model).values():
@@ -189,7 +212,14 @@ def _vision_entries(model: NVLMModel, parameter: str, shape: tuple[int, ...]) ->
 
 
 def parameter_counts(config: NVLMConfig) -> dict[str, int]:
-    """Parameters of a checkpoint's parts and their total, dummy heads included, without allocating any."""
+    """Counts the parameters of a checkpoint, dummy heads included, without allocating any.
+
+    Args:
+        config: the model's configuration.
+
+    Returns:
+        Numbers for "vision", "projector", "decoder", "cross" and their "total".
+    """
     entries = file_entries(outline(config))
     counts = dict.fromkeys(("vision", "projector", "decoder", "cross"), 0)
     for name, entry in entries.items():
@@ -213,10 +243,17 @@ def _range(rank_of_tensor: int, axis: int, start: int, end: int) -> tuple[slice,
 
 
 def fill(parameter: Tensor, entry: Entry, stored: Any, name: str, is_checked: bool) -> None:
-    """Reads of a file's slice (or of a tensor in its shape) what the entry takes, straight into what this rank holds of
-    the parameter.
+    """Reads what an entry takes of a file's tensor, straight into what this rank holds of the parameter.
 
-    Raises ValueError for padding not zero.
+    Args:
+        parameter: of the model; it is written.
+        entry: what of the file's tensor goes where.
+        stored: a safetensors slice, or a tensor of `entry.shape`.
+        name: the tensor's name in the file, for messages.
+        is_checked: whether the padding is checked.
+
+    Raises:
+        ValueError: padding is not zero.
     """
     held, first = held_rows(parameter)
     num, rows = len(entry.shape), slice(first, first + len(held)) if entry.shape else ...
@@ -237,7 +274,15 @@ def fill(parameter: Tensor, entry: Entry, stored: Any, name: str, is_checked: bo
 
 
 def unfilled(entries: Mapping[str, Entry], parameters: Mapping[str, Tensor]) -> list[str]:
-    """Parameters that their entries do not fill: a rank's zero heads, and vocabulary rows behind the last id."""
+    """Lists the parameters that their entries do not fill: zero heads of a rank, vocabulary rows after the last id.
+
+    Args:
+        entries: from `file_entries`.
+        parameters: the model's parameters by name.
+
+    Returns:
+        Names of parameters.
+    """
     filled = dict.fromkeys(parameters, 0)
     for entry in entries.values():
         if entry.axis is not None:
@@ -247,7 +292,17 @@ def unfilled(entries: Mapping[str, Entry], parameters: Mapping[str, Tensor]) -> 
 
 
 def to_file(parameter: Tensor, entry: Entry, dtype: torch.dtype, group: Group) -> Tensor:
-    """The file's tensor, what is padding zero: on rank 0, from all ranks."""
+    """Makes the tensor of a file from what the ranks hold, padding zero.
+
+    Args:
+        parameter: this rank's part.
+        entry: what of it goes where.
+        dtype: of the result.
+        group: the tensor-parallel ranks. All have to call this.
+
+    Returns:
+        The file's tensor of `entry.shape` on rank 0; on other ranks it is not to be used.
+    """
     tensor = parameter.detach().to(dtype)
     if entry.axis is None:
         return tensor.contiguous().clone()

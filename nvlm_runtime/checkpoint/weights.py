@@ -33,7 +33,18 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. FileNotFoundError or ValueError naming the file."""
+    """Reads a JSON object.
+
+    Args:
+        path: a file of a checkpoint folder.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not valid JSON, or holds no object.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}, which every checkpoint folder needs")
     try:
@@ -72,10 +83,18 @@ def _open(path: Path, stack: ExitStack) -> Any:
 
 
 def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Every tensor of a folder of safetensors, sharded or not: its name to its slice, read when it is indexed.
+    """Opens every tensor of a folder of safetensors, sharded or not.
 
-    The files stay open as long as the stack. Raises FileNotFoundError for absent files, ValueError for a damaged one,
-    an index that does not fit its shards, and numbers that are not floating.
+    Args:
+        folder: the checkpoint's folder.
+        stack: keeps the files open.
+
+    Returns:
+        Names to slices, which are read when they are indexed.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: a damaged file, an index that does not fit its shards, or numbers that are not floating.
     """
     files = {path: _open(path, stack) for path in _shards(folder)}
     where = {name: path for path, file in files.items() for name in file.keys()}
@@ -88,7 +107,14 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def some(names: Iterator[str] | set[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Lists the first few names, for a message.
+
+    Args:
+        names: any number of them.
+
+    Returns:
+        The first four in order, and how many more there are.
+    """
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -105,7 +131,18 @@ def _check_index(folder: Path, where: Mapping[str, Path]) -> None:
 
 
 def with_dummy_heads(vision: VisionConfig, shapes: Mapping[str, tuple[int, ...]]) -> VisionConfig:
-    """The number of dummy heads, which config.json does not give, from the rows of the first qkv weight."""
+    """Finds the number of dummy heads, which config.json does not give, by the rows of the first qkv weight.
+
+    Args:
+        vision: the configuration without them.
+        shapes: of the files' tensors, by name.
+
+    Returns:
+        The configuration with `num_dummy_heads`.
+
+    Raises:
+        ValueError: the rows are not three times a number of heads.
+    """
     rows = (*shapes.get("vision_model.encoder.layers.0.attn.qkv.weight", ()), 3 * vision.hidden_size)[0]
     dummy = rows // (3 * vision.head_dim) - vision.num_attention_heads
     if rows % (3 * vision.head_dim) or dummy < 0:
@@ -117,7 +154,14 @@ def with_dummy_heads(vision: VisionConfig, shapes: Mapping[str, tuple[int, ...]]
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 of config.json and of the shards' headers, which name every tensor, its dtype, shape and place."""
+    """Hashes what names every tensor of a checkpoint, its dtype, shape and place; not the weights.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Returns:
+        SHA-256 in hex of config.json, and of the shards' headers and sizes.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in _shards(folder):
         with path.open("rb") as file:
@@ -136,15 +180,28 @@ def load(
     allocate: Callable[[NVLMModel, torch.dtype, torch.device | str], Any] = allocate,
     progress: Progress = lambda read, total: None,
 ) -> tuple[NVLMModel, dict[str, Any]]:
-    """A model in eval mode and its config.json, from a checkpoint folder.
+    """Loads a model from a checkpoint folder.
 
     A rank of a group reads its own slices alone, each file once and in order, straight to their places: host memory
-    holds its share and one tensor. dtype: None takes config.json's "torch_dtype", or the file's own where it has none.
-    allocate: makes the memory of an outline, of which a rank may hold some rows alone (`held_rows`). progress:
-    called with (bytes_read, bytes_total) of the files after every tensor.
-    Raises FileNotFoundError for absent files; ValueError for missing, unexpected or wrongly shaped tensors, non-zero
-    padding heads, a damaged file, a config this runtime does not know or a group that cannot share the model out, each
-    by name, before memory is allocated (padding: while it streams).
+    holds its share and one tensor.
+
+    Args:
+        folder: holds config.json and safetensors.
+        device: where the weights go.
+        dtype: of the weights; None is config.json's "torch_dtype", or the file's own where it has none.
+        group: the tensor-parallel ranks.
+        vision_split: what of the vision encoder the ranks share out, tiles or heads.
+        allocate: makes the memory of an outline, of which a rank may hold some rows alone (`held_rows`).
+        progress: called with (bytes_read, bytes_total) of the files after every tensor.
+
+    Returns:
+        The model in eval mode, and config.json.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: missing, unexpected or wrongly shaped tensors, padding heads that are not zero, a damaged file, a
+            config this runtime does not know, or a group that cannot share the model out, each by name and before
+            memory is allocated (padding: while it streams).
     """
     values = read_json(folder / "config.json")
     config, scheme = from_hf(values), _scheme(values)
@@ -219,12 +276,20 @@ def save(
 ) -> None:
     """Writes config.json and the weights in the published layout, dummy heads put back.
 
-    dtype: of the files, the parameters' own when None. run_dtype: what config.json asks a loader to compute in, the
-    files' when None. Every file is written under a temporary name first. An index and shards that stood in the
-    folder and are not written anew are deleted at the end, so that no loader mixes two checkpoints. Of a group, and of
-    the group `data` that shares out its rows, every rank calls this, and rank 0 writes. What is quantised is written as
-    it is held, under "quantization" in config.json.
-    Raises ValueError for a model with adapters: the layout has no place for them.
+    Every file is written under a temporary name first. An index and shards that stood in the folder and are not written
+    anew are deleted at the end, so that no loader mixes two checkpoints. What is quantised is written as it is held,
+    under "quantization" in config.json.
+
+    Args:
+        model: without adapters. Every rank of its group calls this, and rank 0 writes.
+        folder: made where it does not exist.
+        dtype: of the files; None is the parameters' own.
+        run_dtype: what config.json asks a loader to compute in; None is `dtype`.
+        shard_bytes: the most bytes of a file, 4 GiB by default; a larger tensor has a file of its own.
+        data: ranks that share out the rows of each parameter. They call this too.
+
+    Raises:
+        ValueError: the model holds adapters, for which the layout has no place.
     """
     if any(".lora_A." in name for name, _ in model.named_parameters()):
         raise ValueError("save: the model holds adapters: merge them first, or save them alone (save_lora)")
@@ -283,7 +348,12 @@ def save(
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Under a temporary name first."""
+    """Writes a JSON file, under a temporary name first.
+
+    Args:
+        path: the file.
+        values: what `json.dumps` takes.
+    """
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(values, indent=2) + "\n")
     partial.rename(path)

@@ -13,6 +13,15 @@ from nvlm_runtime.inputs.prompt import tile_tags
 
 
 def plan_values(plan: TilePlan, config: NVLMConfig) -> dict[str, Any]:
+    """Describes a plan for `--json`.
+
+    Args:
+        plan: how the image is cut.
+        config: the model's configuration.
+
+    Returns:
+        Width, height, grid, tiles, tags and numbers of image tokens, as JSON values.
+    """
     routing, tokens = config.routing, config.tokens_per_tile
     count = {"none": 0, "thumbnail": 1, "all": plan.num_tiles, "regular": plan.num_tiles - 1}
     return {
@@ -28,6 +37,13 @@ def plan_values(plan: TilePlan, config: NVLMConfig) -> dict[str, Any]:
 
 
 def print_plan(console: Console, plan: TilePlan, config: NVLMConfig) -> None:
+    """Prints a plan: its size, its grid, its image tokens and the tags row by row.
+
+    Args:
+        console: where to print.
+        plan: how the image is cut.
+        config: the model's configuration.
+    """
     values = plan_values(plan, config)
     thumbnail = " + thumbnail" if plan.has_thumbnail else ""
     console.print(
@@ -43,13 +59,26 @@ def print_plan(console: Console, plan: TilePlan, config: NVLMConfig) -> None:
 
 
 def output_values(output: Output, config: NVLMConfig) -> dict[str, Any]:
+    """Describes an output for `--json`.
+
+    Args:
+        output: of one request.
+        config: the model's configuration.
+
+    Returns:
+        The output's fields, its plans as `plan_values`.
+    """
     values = asdict(output)
     values["plans"] = [plan_values(plan, config) for plan in output.plans]
     return values
 
 
 def show_stream(stream: TextStream) -> None:
-    """Prints an answer as it comes. Ctrl-C leaves what was printed, and goes on to the caller."""
+    """Prints an answer as it comes. Ctrl-C leaves what was printed, and goes on to the caller.
+
+    Args:
+        stream: of one request; it is read to its end.
+    """
     try:
         for piece in stream:
             print(piece, end="", flush=True)

@@ -36,6 +36,18 @@ def _print_timings(console: Console, output: Output, device: torch.device) -> No
 
 
 def run(args: argparse.Namespace) -> int:
+    """Answers one question about images (`nvlm ask`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: an argument, an image or the checkpoint is invalid.
+        FileNotFoundError: a file does not exist.
+    """
     *images, prompt = args.words
     params = sampling_params(args)
     model, console = load_model(args), Console()

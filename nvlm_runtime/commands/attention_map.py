@@ -16,6 +16,18 @@ from nvlm_runtime.inputs.image import check_drawing, open_image
 
 
 def run(args: argparse.Namespace) -> int:
+    """Shows which tiles the tokens of an answer attend to (`nvlm attention-map`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: an argument, an image or the checkpoint is invalid, or the answer has no token.
+        FileNotFoundError: a file does not exist.
+    """
     *images, prompt = args.words
     params = GenerationParams(max_new_tokens=args.max_new_tokens)
     if not images:

@@ -11,6 +11,18 @@ from nvlm_runtime.inputs.image import open_image
 
 
 def run(args: argparse.Namespace) -> int:
+    """Answers questions line by line from standard input (`nvlm chat`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: an argument, an image or the checkpoint is invalid. At a terminal a bad line is reported instead.
+        FileNotFoundError: a file does not exist.
+    """
     params = sampling_params(args)
     model = load_model(args)
     messages: list[dict[str, Any]] = []

@@ -288,6 +288,14 @@ def _num_ranks(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the `nvlm` command. Of several ranks only rank 0 prints to standard output.
+
+    Args:
+        argv: the arguments after the program's name; None is those of the process.
+
+    Returns:
+        The exit code.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     if int(os.environ.get("RANK", "0")):

@@ -28,6 +28,18 @@ ONLY_TASKS = ("data", "answers", "images", "limit", "batch", "max_new_tokens", "
 
 
 def run(args: argparse.Namespace) -> int:
+    """Scores a benchmark, or a micro model on drawn documents (`nvlm evaluate`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: an unknown task, an option of the other kind of task, or invalid data.
+        FileNotFoundError: a file does not exist.
+    """
     if args.task != "micro" and args.task not in TASKS:
         raise ValueError(f"unknown task {args.task!r}: expected micro or one of {', '.join(TASKS)}")
     others = ONLY_TASKS if args.task == "micro" else ONLY_MICRO

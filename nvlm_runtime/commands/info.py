@@ -17,6 +17,18 @@ from nvlm_runtime.presets import PRESETS
 
 
 def run(args: argparse.Namespace) -> int:
+    """Describes a model, and how it would cut images (`nvlm info`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: the name, an image or the file to draw to is invalid.
+        FileNotFoundError: a file does not exist.
+    """
     if args.name in PRESETS and not args.name.startswith("micro-"):
         config = PRESETS[args.name]
     else:

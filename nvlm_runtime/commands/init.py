@@ -24,6 +24,18 @@ def _cross_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes a new model from a text model and a vision encoder (`nvlm init`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: the output folder is not empty, or the two models do not fit the options.
+        FileNotFoundError: a model does not exist.
+    """
     out = Path(args.out)
     check_empty(out)
     bundled = (BUNDLED / args.vision / "config.json").is_file() and not Path(args.vision).exists()

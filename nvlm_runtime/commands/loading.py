@@ -33,7 +33,19 @@ def loading_bar() -> Iterator[Progress]:
 
 
 def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
-    """Raises what NVLM.load raises, and ValueError where a command that runs in one process is started in several."""
+    """Loads the model that a command names, with a progress bar, over the ranks that torchrun started.
+
+    Args:
+        args: the parsed command line, with the options that all commands on a model have.
+        **options: more options of `NVLM.load`.
+
+    Returns:
+        The model, when all ranks have loaded theirs.
+
+    Raises:
+        ValueError: a command that runs in one process was started in several, or as `NVLM.load` raises it.
+        FileNotFoundError: as `NVLM.load` raises it.
+    """
     if hasattr(args, "tp"):
         group, device = join(args.device, args.tp, args.tp_timeout)
     elif in_group():
@@ -61,7 +73,17 @@ def load_model(args: argparse.Namespace, **options: Any) -> NVLM:
 
 
 def scheme_of_words(entries: Sequence[str]) -> dict[str, str]:
-    """`--quantize PART=METHOD ...` as `quantize.quantize` takes it."""
+    """Parses `--quantize PART=METHOD ...`.
+
+    Args:
+        entries: one text per option.
+
+    Returns:
+        Parts to methods, as `model.quantize.quantize` takes them.
+
+    Raises:
+        ValueError: an entry is not PART=METHOD, or a part stands twice.
+    """
     if wrong := [entry for entry in entries if entry.count("=") != 1]:
         raise ValueError(f"--quantize takes PART=METHOD, got {wrong[0]!r}")
     pairs = [entry.split("=") for entry in entries]
@@ -71,5 +93,16 @@ def scheme_of_words(entries: Sequence[str]) -> dict[str, str]:
 
 
 def sampling_params(args: argparse.Namespace) -> GenerationParams:
+    """Collects the sampling options of a command.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        Parameters of generation.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
     return GenerationParams(**{name: getattr(args, name) for name in names})

@@ -16,6 +16,17 @@ from nvlm_runtime.training.recipe import trained_parts
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints what memory a model needs on a device, and predicted times (`nvlm plan`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: an unknown model or device, or a workload that the model or the ranks cannot take.
+    """
     if args.name in PRESETS:
         config = PRESETS[args.name]
     else:

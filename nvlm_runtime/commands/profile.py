@@ -33,6 +33,18 @@ def _print_phases(console: Console, phases: tuple[PhaseTime, ...]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Times one request phase by phase, beside plain PyTorch (`nvlm profile`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: an argument, an image or the checkpoint is invalid.
+        FileNotFoundError: a file does not exist.
+    """
     *images, prompt = args.words
     params = GenerationParams(max_new_tokens=args.max_new_tokens)
     if args.png:

@@ -30,6 +30,18 @@ def _stored(folder: Path) -> torch.dtype | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Writes a quantised copy of a checkpoint (`nvlm quantize`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError: the output folder is not empty, or a part or a method is unknown.
+        FileNotFoundError: a file does not exist.
+    """
     out, scheme = Path(args.out), scheme_of_words(args.quantize)
     check_empty(out)
     check_scheme(scheme)

@@ -20,6 +20,18 @@ from nvlm_runtime.training.trainer import METRICS, Step, Trainer
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs a recipe, or trains a micro model (`nvlm train`).
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code; not 0 where a signal ended the run before its last step.
+
+    Raises:
+        ValueError: the recipe, the data or the combination of options is invalid.
+        OSError: a file cannot be read or written.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.recipe == "micro":

@@ -21,9 +21,17 @@ SHARED = "ranks.json"  # what ranks have in common, beside the files of torch.di
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, mesh: Mesh | None = None) -> Path:
-    """`state` of a run after `step` steps into folder/step-NNNNNNNN; all but the newest `keep` are deleted then.
+    """Writes the state of a run into folder/step-NNNNNNNN; all but the newest checkpoints are deleted then.
 
-    state: under "optimizer" what ranks share out, all else small, JSON or a tensor, and the same on every rank.
+    Args:
+        folder: of the run's checkpoints; made where it does not exist.
+        step: number of steps that the run has made.
+        state: under "optimizer" what ranks share out, all else small, JSON or a tensor, and the same on every rank.
+        keep: number of checkpoints that are kept.
+        mesh: the ranks, all of which call this; None is one process.
+
+    Returns:
+        The checkpoint's folder.
     """
     world = (mesh or Mesh()).world
     final = folder / f"step-{step:08d}"
@@ -74,15 +82,31 @@ def _first(error: BaseException) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole ones, the oldest first."""
+    """Lists the complete checkpoints of a run, the oldest first.
+
+    Args:
+        folder: of the run's checkpoints. It need not exist.
+
+    Returns:
+        Their folders.
+    """
     return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name)) if folder.is_dir() else []
 
 
 def read_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
-    """What `write_checkpoint` was given. state: one of this run, whose tensors ranks read into.
+    """Reads what `write_checkpoint` was given.
 
-    Raises ValueError for a file that is damaged, for one process where ranks wrote it and the other way round, and for
-    a checkpoint of another number of tensor-parallel ranks.
+    Args:
+        path: the checkpoint's folder.
+        state: one of this run, whose tensors ranks read into.
+        mesh: the ranks, all of which call this; None is one process.
+
+    Returns:
+        The state.
+
+    Raises:
+        ValueError: a damaged file, one process where ranks wrote it or the other way round, or another number of
+            tensor-parallel ranks.
     """
     mesh = mesh or Mesh()
     alone, ranks = path / ALONE, path / SHARED

@@ -53,10 +53,22 @@ class Document:
 def make_document(
     row: Record, tokenizer: Tokenizer, config: NVLMConfig, seq_len: int, style: str, task: str, log: Log
 ) -> Document:
-    """Makes a document of a record.
+    """Makes a document of a record. Images get fewer tiles where the record is too long with all.
+
+    Args:
+        row: the record.
+        tokenizer: the model's tokenizer.
+        config: the model's configuration.
+        seq_len: the most tokens of the document.
+        style: how turns are written, as in `build_prompt`.
+        task: name of the dataset, which the document keeps.
+        log: called with a line where the tiles were limited.
+
+    Returns:
+        The document, whose labels are the tokens of the answers, each one position ahead of its input.
 
     Raises:
-        BadRecord: the record is no prompt, or is longer than `seq_len` with the fewest tiles. Says file and line.
+        BadRecord: the record is no prompt, or is longer than `seq_len` with the fewest tiles. Names file and line.
     """
     sizes = [_size(path, row.where) for path in row.images]
     for limit in (config.max_tiles, *(limit for limit in TILE_LIMITS if limit < config.max_tiles)):

@@ -14,7 +14,15 @@ NO_PRODUCT = ("embed_tokens.", "class_embedding", "position_embedding")  # looke
 
 
 def step_flops(model: NVLMModel, batch: PackedBatch) -> int:
-    """Of one micro-batch, forward and backward; of a group a rank's own share."""
+    """Counts the operations of one micro-batch, forward and backward.
+
+    Args:
+        model: of a group a rank's own share.
+        batch: the micro-batch.
+
+    Returns:
+        Floating-point operations, a multiplication with an addition as two.
+    """
     return linear_flops(model, batch) + attention_flops(model, batch)
 
 
@@ -28,11 +36,24 @@ def _encoded(model: NVLMModel, batch: PackedBatch) -> int:
 
 
 def vision_learns(model: NVLMModel) -> bool:
+    """Returns whether any weight of the vision encoder requires a gradient.
+
+    Args:
+        model: the model.
+    """
     return any(parameter.requires_grad for parameter in model.vision_model.parameters())
 
 
 def linear_flops(model: NVLMModel, batch: PackedBatch) -> int:
-    """Products with weights."""
+    """Counts the operations of products with weights, forward and backward.
+
+    Args:
+        model: of a group a rank's own share.
+        batch: the micro-batch.
+
+    Returns:
+        Floating-point operations.
+    """
     vision, tiles = model.config.vision, _encoded(model, batch)
     keys = sum(layout.cross_length for layout in batch.layouts)
     rows = {  # how many vectors are multiplied with a weight of these names
@@ -60,8 +81,14 @@ def linear_flops(model: NVLMModel, batch: PackedBatch) -> int:
 
 
 def attention_flops(model: NVLMModel, batch: PackedBatch) -> int:
-    """Queries with keys, and weights with values: of the vision encoder, of the decoder's tokens, of what they see of
-    images.
+    """Counts the operations of attention: queries with keys and weights with values, forward and backward.
+
+    Args:
+        model: of a group a rank's own share.
+        batch: the micro-batch.
+
+    Returns:
+        Floating-point operations of the vision encoder, of the decoder's self-attention, and of cross-attention.
     """
     vision, text, cross = model.shard.vision, model.shard.text, model.config.cross
     vision_width = vision.num_attention_heads * vision.head_dim

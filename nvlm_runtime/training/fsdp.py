@@ -18,7 +18,17 @@ from nvlm_runtime.training.objective import Objective
 
 
 def shard(model: NVLMModel, data: Group, precision: torch.dtype, device: torch.device | str) -> Objective:
-    """Memory for this rank's share of a model on the meta device, whatever was in it before, and what trains it."""
+    """Shares a model out over the data-parallel ranks.
+
+    Args:
+        model: on the meta device.
+        data: the ranks.
+        precision: of the gathered weights; gradients are reduced in float32.
+        device: where this rank's share goes.
+
+    Returns:
+        What trains the model. The memory of this rank's share is allocated and not filled.
+    """
     kind = torch.device(device).type
     options = {
         "mesh": DeviceMesh.from_group(data.handle, kind),

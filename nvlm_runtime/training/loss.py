@@ -18,9 +18,16 @@ ROWS = 512  # of a chunk: 300 MB of fp32 logits at 150,000 tokens
 
 
 def token_loss(decoder: Decoder, hidden: Tensor, labels: Tensor, rows: int | None = ROWS) -> Tensor:
-    """The sum of the learnt tokens' cross-entropies, fp32 scalar; 0 where nothing is learnt.
+    """Sums the cross-entropies of the tokens that are learnt.
 
-    hidden: [B, T, C]. labels: int64 [B, T], IGNORE where nothing is learnt. rows: of a chunk, None for plain logits.
+    Args:
+        decoder: computes logits.
+        hidden: [B, T, C].
+        labels: int64 [B, T], IGNORE where nothing is learnt.
+        rows: tokens whose logits are in memory at a time; None is all.
+
+    Returns:
+        The sum, an fp32 scalar; 0 where nothing is learnt.
     """
     learnt = labels != IGNORE
     hidden, labels = hidden[learnt], labels[learnt]

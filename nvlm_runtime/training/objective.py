@@ -26,7 +26,14 @@ class Objective(nn.Module):
         self.model, self.evenly = model, evenly
 
     def features(self, tiles: Tensor) -> Features:
-        """Of tiles [N, 3, S, S]. N may be 0. A gradient where the vision encoder learns."""
+        """Runs the vision encoder, with a gradient where it learns.
+
+        Args:
+            tiles: pixels, [N, 3, S, S]. N may be 0.
+
+        Returns:
+            What the projector takes of N tiles.
+        """
         vision = self.model.config.vision
         weight = self.model.language_model.embed_tokens.weight
         if not len(tiles):
@@ -35,6 +42,15 @@ class Objective(nn.Module):
             return self.model.encode(tiles.to(weight.device, weight.dtype))
 
     def forward(self, batch: PackedBatch, loss_rows: int) -> Tensor:
+        """Computes the loss of a micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            loss_rows: `rows` of `token_loss`.
+
+        Returns:
+            The sum of the cross-entropies, an fp32 scalar.
+        """
         if self.evenly:
             batch = with_unseen_image(self.model, batch)
             together = self.features(torch.cat(batch.pixel_values))
@@ -48,8 +64,14 @@ class Objective(nn.Module):
 
 
 def with_unseen_image(model: NVLMModel, batch: PackedBatch) -> PackedBatch:
-    """The batch; where it holds no picture, with one of one black tile in its first row, which no row's interval
-    reaches and which has no slot.
+    """Adds an image of one black tile to a batch without images; no interval reaches it and it has no placeholder.
+
+    Args:
+        model: whose configuration counts.
+        batch: the micro-batch.
+
+    Returns:
+        `batch` itself where it holds an image; else a copy with one in its first sequence.
     """
     if any(layout.images for layout in batch.layouts):
         return batch

@@ -21,7 +21,15 @@ from nvlm_runtime.training.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Of a step from 0: linear up over `warmup` steps, a cosine down to lr_min at the last."""
+    """Computes the learning rate of a step: linear up over `warmup` steps, a cosine down to `lr_min` at the last.
+
+    Args:
+        recipe: gives lr, lr_min, warmup and steps.
+        step: number of steps made before, from 0.
+
+    Returns:
+        The rate.
+    """
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - 1 - recipe.warmup)
@@ -29,7 +37,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon may move it: a matrix that is neither embedding nor head."""
+    """Returns whether Muon may train a parameter: a matrix that is neither embedding nor head.
+
+    Args:
+        name: of the parameter.
+        parameter: the parameter.
+    """
     return parameter.dim() == 2 and not any(part in name for part in ("embed_tokens.", "lm_head."))
 
 
@@ -80,10 +93,16 @@ class Optimizer:
         return hook
 
     def step(self, number: int) -> tuple[float, float]:
-        """Clips, moves, forgets the gradients. number: steps that were made before. Returns the rate and the gradients'
-        norm before clipping.
+        """Clips the gradients, updates the weights, and drops the gradients.
 
-        Raises ValueError where the norm is not finite; nothing has moved then.
+        Args:
+            number: number of steps made before, from 0.
+
+        Returns:
+            The learning rate, and the gradients' norm before clipping.
+
+        Raises:
+            ValueError: the norm is not finite; no weight has changed then.
         """
         norm = self._clip()
         if not math.isfinite(norm):
@@ -131,7 +150,14 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the state is of other parameters."""
+        """Restores masters, moments and weights.
+
+        Args:
+            state: as `state_dict` returns it.
+
+        Raises:
+            ValueError: the state is of other parameters.
+        """
         if set(state["masters"]) != set(self.masters):
             raise ValueError("the checkpoint is of other parameters than the recipe trains")
         for name, master in self.masters.items():

@@ -37,6 +37,7 @@ class PackedBatch:
 
     @property
     def num_documents(self) -> int:
+        """Number of documents in all sequences."""
         return sum(map(len, self.documents))
 
     @property
@@ -46,7 +47,15 @@ class PackedBatch:
 
 
 def fill_sequences(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Documents' numbers, a row: each goes into the first row that has room for it, the longest first."""
+    """Packs documents into sequences: each into the first that has room for it, the longest document first.
+
+    Args:
+        lengths: tokens of each document, none above `seq_len`.
+        seq_len: tokens of a sequence.
+
+    Returns:
+        Indices of documents per sequence, ascending.
+    """
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -63,7 +72,16 @@ def fill_sequences(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
 def pack(
     rows: Sequence[Sequence[tuple[Document, "Future[Tensor] | None"]]], config: NVLMConfig, length: int | None = None
 ) -> PackedBatch:
-    """Rows of documents and their tiles to come. length: of the rows; the longest one's where it is None."""
+    """Makes the tensors of a micro-batch.
+
+    Args:
+        rows: per sequence its documents, each with the future of its tiles, fp32 [N, 3, S, S], or None without images.
+        config: the model's configuration.
+        length: tokens of the sequences; None is those of the longest.
+
+    Returns:
+        The micro-batch; sequences are padded with token 0, which is not learnt.
+    """
     size = config.vision.image_size
     length = length or max(sum(len(document) for document, _ in row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)

@@ -13,7 +13,15 @@ def check_matplotlib() -> None:
 
 
 def draw_metrics(metrics: Path, picture: Path) -> None:
-    """Three curves over the steps, one above the other, as PNG. metrics: JSON lines of `trainer.Step`."""
+    """Draws loss, learning rate and gradient norm over the steps, one above the other.
+
+    Args:
+        metrics: JSON lines of `trainer.Step`.
+        picture: the PNG file to write.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
     check_matplotlib()
     from matplotlib.figure import Figure
 

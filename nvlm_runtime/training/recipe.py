@@ -141,7 +141,15 @@ class Recipe:
 
 
 def trained_parts(variant: str, stage: str) -> tuple[str, ...]:
-    """Parts that learn in "pretrain" or "sft" of the paper, by the bundled recipe. ValueError for another stage."""
+    """Returns the parts that learn in a stage of the paper, by the bundled recipe.
+
+    Args:
+        variant: "d", "x" or "h".
+        stage: "pretrain" or "sft".
+
+    Raises:
+        ValueError: another stage.
+    """
     path = BUNDLED / f"{stage}-{variant}.toml"
     if not path.is_file():
         raise ValueError(f"the stage must be pretrain or sft, got {stage!r}")
@@ -149,11 +157,23 @@ def trained_parts(variant: str, stage: str) -> tuple[str, ...]:
 
 
 def bundled_recipes() -> list[str]:
+    """Lists the names of the recipes in the package."""
     return sorted(path.stem for path in BUNDLED.glob("*.toml"))
 
 
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
-    """A recipe file or a bundled one, with `key=value` changes. Raises ValueError naming what is wrong or missing."""
+    """Reads a recipe file or a bundled one.
+
+    Args:
+        name: a TOML file, or one of `bundled_recipes`.
+        changes: `key=value` texts that replace values of the file.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: names what is wrong or missing.
+    """
     path = Path(name) if Path(name).is_file() else BUNDLED / f"{name}.toml"
     if not path.is_file():
         raise ValueError(f"{name!r} is no recipe: expected a TOML file or one of {', '.join(bundled_recipes())}")

@@ -30,7 +30,13 @@ THREADS = 2  # that cut tiles; one more makes batches of them
 
 @dataclass(frozen=True)
 class Dataset:
-    """task: its name. weight: its share of the documents, against the others'."""
+    """One dataset of a blend.
+
+    Attributes:
+        task: its name.
+        rows: its records.
+        weight: its share of the documents, against the others' weights; 1 by default.
+    """
 
     task: str
     rows: JsonLines
@@ -117,6 +123,7 @@ class Source:
         return batch
 
     def close(self) -> None:
+        """Ends the threads. Batches that wait are dropped."""
         self._closed.set()
         self._thread.join()
 

@@ -64,7 +64,11 @@ class Step:
 
 
 def part_of(parameter: str) -> str:
-    """The recipe's name of the part a parameter belongs to."""
+    """Returns the recipe's name of the part that a parameter belongs to.
+
+    Args:
+        parameter: the parameter's name in the model.
+    """
     if parameter.startswith("vision_model."):
         return "vision"
     if parameter.startswith("mlp1."):
@@ -73,7 +77,18 @@ def part_of(parameter: str) -> str:
 
 
 def freeze(model: NVLMModel, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Leaves gradients to the named parts alone; returns what learns. ValueError for a part the model does not have."""
+    """Lets the named parts learn and no others, in place.
+
+    Args:
+        model: the model.
+        parts: of `recipe.PARTS`.
+
+    Returns:
+        The parameters that learn, by name.
+
+    Raises:
+        ValueError: the model does not have one of the parts.
+    """
     learns = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
@@ -274,6 +289,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.language_model.embed_tokens.weight.device
 
     def checkpoint(self) -> int:
@@ -357,7 +373,14 @@ def _number(line: str) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most allocated on a CUDA device, else the most this process was resident."""
+    """Measures the most memory used so far.
+
+    Args:
+        device: where the model is.
+
+    Returns:
+        Bytes: the most allocated on a CUDA device, else the most this process was resident.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
