@@ -20,9 +20,16 @@ _NUMBERS = (
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that the answer names, the last one it names; None where it names none.
+    """Finds the option that an answer names, the last one it names.
 
     "(B)" comes before " B " between blanks; only an answer of more than five words may name an option by its text.
+
+    Args:
+        answer: the model's text.
+        options: texts of the options A, B, ...
+
+    Returns:
+        The option's letter; None where the answer names none.
     """
     text = answer
     for mark in _ENDS:
@@ -47,10 +54,14 @@ def _last(found: Sequence[tuple[int, str]]) -> str:
 
 
 def open_answer_matches(answer: str, golds: Sequence[str]) -> bool:
-    """Whether what an open answer says contains a gold text, or is a gold number to 2 decimals.
+    """Returns whether what an open answer says contains a gold text, or is a gold number to 2 decimals.
 
-    What it says: the end of each line behind the last "is ", "so ", "therefore " and their like ("=" too in the last
+    What it says is the end of each line after the last "is ", "so ", "therefore " and their like ("=" too in the last
     line), the whole where there is none; and every number in those.
+
+    Args:
+        answer: the model's text.
+        golds: texts or numbers that are right.
     """
     wanted = {value for gold in golds for value in _values(gold)}
     numbers = {value for value in wanted if isinstance(value, float)}

@@ -19,9 +19,13 @@ _GONE = ("\n", "\\!"), ("^{\\circ}", "^\\circ", "\\$")  # before and after the f
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...}, or without one the last \\fbox{...}, holds; for "\\boxed 5" up to the next "$".
+    r"""Finds what the last \boxed{...}, or without one the last \fbox{...}, holds; for "\boxed 5" up to the next "$".
 
-    None without a box, or where its brace is never closed.
+    Args:
+        text: an answer with LaTeX.
+
+    Returns:
+        The content; None without a box, or where its brace is never closed.
     """
     start = text.rfind("\\boxed")
     if start < 0:
@@ -40,10 +44,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def math_equal(answer: str | None, gold: str) -> bool:
-    """MATH's equivalence: two LaTeX texts that are the same once spelled in one way.
+    r"""Returns whether two LaTeX texts are the same once spelled in one way: MATH's equivalence.
 
-    One way for \\dfrac, \\tfrac and 1/2, for \\frac12 and \\sqrt3 without braces, 0.5 and .5; without \\left, \\right,
-    degrees, dollars, percents, blanks, a unit in \\text{ ...} behind, or "x =" before. Nothing is computed.
+    One way for \dfrac, \tfrac and 1/2, for \frac12 and \sqrt3 without braces, 0.5 and .5; without \left, \right,
+    degrees, dollars, percents, blanks, a unit in \text{ ...} after it, or "x =" before. Nothing is computed.
+
+    Args:
+        answer: the model's; None is not equal to anything.
+        gold: the right one.
     """
     if answer is None:
         return False
@@ -96,13 +104,27 @@ def _braced_fractions(text: str) -> str | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, without commas and "$"; a "-" between two digits is no sign. None without one."""
+    """Finds the last number of a text; a "-" between two digits is no sign.
+
+    Args:
+        text: an answer.
+
+    Returns:
+        The number, without commas and "$"; None without one.
+    """
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
 def gsm8k_answer(text: str) -> Decimal | None:
-    """The number behind "####", which is the published way; else in the last box; else the last number there is."""
+    """Finds the number after "####", which is the published way; else in the last box; else the last number there is.
+
+    Args:
+        text: an answer.
+
+    Returns:
+        The number; None without one.
+    """
     if match := _HASHES.search(text):
         return last_number(match[1])
     boxed = last_boxed(text)
@@ -110,12 +132,20 @@ def gsm8k_answer(text: str) -> Decimal | None:
 
 
 def mathvista_answer(text: str, choices: Sequence[str], kind: str, precision: int | None) -> str | None:
-    """What the published score compares with the gold answer: a choice, or a number or list as text. None for nothing.
+    """Finds what the published score compares with the gold answer.
 
-    kind: "text" with choices; "integer", "float" (rounded to `precision`) or "list" without. Of choices: the one that
-    is the whole text, that stands in 'The answer is "...".', whose letter is named (`chosen_letter`, "(a)" too), or
-    that is nearest by edit distance, as published. Else the last list or number: of the last box, of what follows the
-    last "answer is" or "answer:", or of the text.
+    Of choices: the one that is the whole text, that stands in 'The answer is "...".', whose letter is named
+    (`chosen_letter`, "(a)" too), or that is nearest by edit distance, as published. Else the last list or number: of
+    the last box, of what follows the last "answer is" or "answer:", or of the text.
+
+    Args:
+        text: the model's answer.
+        choices: texts of the choices, empty without any.
+        kind: "text" with choices; "integer", "float" or "list" without.
+        precision: decimals that a "float" is rounded to.
+
+    Returns:
+        A choice, or a number or list as text; None for nothing.
     """
     text = text.strip()
     if not text:

@@ -32,11 +32,17 @@ _CONTRACTIONS["somebody'd"] = "somebodyd"  # so in the published table
 
 
 def normalise_answer(text: str) -> str:
-    """An answer as VQA accuracy compares it.
+    """Writes an answer as VQA accuracy compares it.
 
-    Punctuation goes where a blank stands beside it somewhere, or where the text holds a comma between digits; else it
-    becomes a blank. Periods go unless a digit follows. Then lower case, number words to ten as digits, no articles, and
-    apostrophes back into contractions.
+    Punctuation is removed where a blank stands beside it somewhere, or where the text holds a comma between digits;
+    else it becomes a blank. Periods are removed unless a digit follows. Then lower case, number words to ten as digits,
+    no articles, and apostrophes back into contractions.
+
+    Args:
+        text: an answer.
+
+    Returns:
+        The normalised answer.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     has_number = re.search(r"\d,\d", text) is not None
@@ -50,15 +56,31 @@ def normalise_answer(text: str) -> str:
 
 
 def normalise_textvqa(text: str) -> str:
-    """`normalise_answer` after what TextVQA's processor does first: no commas, no question marks, "'s" on its own."""
+    """Applies `normalise_answer` after what TextVQA's processor does first.
+
+    Args:
+        text: an answer.
+
+    Returns:
+        The normalised answer: no commas, no question marks, "'s" on its own.
+    """
     return normalise_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def vqa_accuracy(answer: str, annotations: Sequence[str]) -> float:
-    """min(1, matches / 3) among the other annotators, the mean over the annotator left out. All normalised before.
+    """Computes min(1, matches / 3) among the other annotators, the mean over the annotator left out.
 
     The published script leaves annotations as they are where all agree; EvalAI normalises them always, as is done here.
-    ValueError without annotations.
+
+    Args:
+        answer: the model's, normalised.
+        annotations: one per annotator, normalised.
+
+    Returns:
+        The accuracy, 0 to 1.
+
+    Raises:
+        ValueError: there are no annotations.
     """
     if not annotations:
         raise ValueError("VQA accuracy needs at least one annotation")
@@ -68,7 +90,15 @@ def vqa_accuracy(answer: str, annotations: Sequence[str]) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: the fewest insertions, deletions and replacements of a character that make `b` of `a`."""
+    """Computes Levenshtein's distance: the fewest insertions, deletions and replacements that make `b` of `a`.
+
+    Args:
+        a: a text.
+        b: a text.
+
+    Returns:
+        The number of edits of a character.
+    """
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -78,10 +108,19 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(answer: str, golds: Sequence[str]) -> float:
-    """1 - NL of the nearest gold answer, 0 where NL is not below 0.5.
+    """Computes 1 - NL of the nearest gold answer, 0 where NL is not below 0.5.
 
     NL is the edit distance over the longer length. Case does not count; blanks do, a run of them as one.
-    ValueError without gold answers.
+
+    Args:
+        answer: the model's.
+        golds: the right ones.
+
+    Returns:
+        The similarity, 0 to 1.
+
+    Raises:
+        ValueError: there are no gold answers.
     """
     if not golds:
         raise ValueError("ANLS needs at least one gold answer")
@@ -94,9 +133,16 @@ def _similarity(a: str, b: str) -> float:
 
 
 def relaxed_accuracy(answer: str, gold: str) -> float:
-    """1 where a number is within 5 % of the gold number, or, unless both are numbers, the texts agree but for case.
+    """Compares a number within 5 % of the gold number, or, unless both are numbers, texts without regard to case.
 
     "12%" is 0.12. A gold number 0 is compared as text, and so is a number with commas: both are pix2struct's ways.
+
+    Args:
+        answer: the model's.
+        gold: the right one.
+
+    Returns:
+        1.0 or 0.0.
     """
     answer, gold = answer.strip(), gold.strip()
     x, target = _number(answer), _number(gold)
@@ -113,9 +159,18 @@ def _number(text: str) -> float | None:
 
 
 def ocrbench(answer: str, golds: Sequence[str], dataset: str) -> float:
-    """1 where the answer contains a gold text: without blanks and with its case in HME100k, in lower case elsewhere.
+    """Finds a gold text in the answer: without blanks and with its case in HME100k, in lower case elsewhere.
 
-    ValueError without gold texts.
+    Args:
+        answer: the model's.
+        golds: the right ones.
+        dataset: the part of OCRBench that the question is from.
+
+    Returns:
+        1.0 or 0.0.
+
+    Raises:
+        ValueError: there are no gold texts.
     """
     if not golds:
         raise ValueError("OCRBench needs at least one gold text")
@@ -132,5 +187,13 @@ def _line(text: str) -> str:
 
 
 def exact(answer: str, golds: Sequence[str]) -> float:
-    """1 where the answer is one of the gold answers, both as `normalise_answer` gives them."""
+    """Compares the answer with the gold answers, all as `normalise_answer` returns them.
+
+    Args:
+        answer: the model's.
+        golds: the right ones.
+
+    Returns:
+        1.0 or 0.0.
+    """
     return float(normalise_answer(answer) in {normalise_answer(gold) for gold in golds})

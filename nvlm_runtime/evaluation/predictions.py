@@ -14,16 +14,35 @@ Record = dict[str, Any]  # id, prompt, answer, parsed, score, finish_reason, num
 
 
 def scored(sample: Sample, answer: str, **more: Any) -> Record:
-    """A line of the file: the answer with its score and what the metric read from it."""
+    """Makes a line of the file: the answer with its score and what the metric read from it.
+
+    Args:
+        sample: the question.
+        answer: the model's text.
+        **more: further values of the line.
+
+    Returns:
+        The line's values.
+    """
     score, parsed = sample.score(answer)
     return {"id": sample.id, "prompt": sample.prompt, "answer": answer, "parsed": parsed, "score": score, **more}
 
 
 def kept(path: Path, settings: Record, samples: Sequence[Sample], resume: bool) -> list[Record]:
-    """The lines that a run finds and does not have to answer again; none without `resume`. Changes nothing.
+    """Reads the lines that a run does not have to answer again. Changes nothing.
 
-    Raises ValueError where there is a file and no `resume`, FileNotFoundError where its folder does not exist, and as
-    `read` does.
+    Args:
+        path: the file of predictions.
+        settings: what its first line must say, at least.
+        samples: the questions.
+        resume: whether an existing file is continued.
+
+    Returns:
+        The lines after the first; none without `resume`.
+
+    Raises:
+        FileNotFoundError: the file's folder does not exist.
+        ValueError: the file exists and `resume` is not given, or as `read` raises it.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} does not exist, expected the folder of the predictions")
@@ -37,7 +56,15 @@ def kept(path: Path, settings: Record, samples: Sequence[Sample], resume: bool) 
 
 
 def append_to(path: Path, settings: Record) -> TextIO:
-    """The file, open behind its last whole line; half a line at its end is cut off. A new one gets its first line."""
+    """Opens the file after its last whole line; half a line at its end is cut off. A new one gets its first line.
+
+    Args:
+        path: the file of predictions.
+        settings: values of the first line.
+
+    Returns:
+        The file, open for `append`.
+    """
     whole = len(_whole_lines(path))
     if path.exists():
         os.truncate(path, whole)
@@ -48,16 +75,31 @@ def append_to(path: Path, settings: Record) -> TextIO:
 
 
 def append(file: TextIO, record: Record) -> None:
-    """A line, whole, for whoever kills the process afterwards."""
+    """Writes a line and flushes it, so that it is whole whoever kills the process afterwards.
+
+    Args:
+        file: from `append_to`.
+        record: values of the line.
+    """
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.flush()
 
 
 def read(path: Path, samples: Sequence[Sample], settings: Record, *, complete: bool) -> list[Record]:
-    """The lines of a file of predictions for these questions, without the first.
+    """Reads the predictions for these questions.
 
-    complete: whether a line for each is expected. settings: what the first line must say, at least. Raises
-    FileNotFoundError, or ValueError that names the line, for everything else.
+    Args:
+        path: the file of predictions.
+        samples: the questions, in the order of the lines.
+        settings: what the first line must say, at least.
+        complete: whether a line for each question is expected.
+
+    Returns:
+        The lines after the first.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is damaged or is of another question or run; names the line.
     """
     lines = _whole_lines(path, must_exist=True).split(b"\n")[:-1]
     values = [_object(path, number, line) for number, line in enumerate(lines, 1)]
@@ -85,7 +127,12 @@ def read(path: Path, samples: Sequence[Sample], settings: Record, *, complete: b
 
 
 def rewrite(path: Path, records: Sequence[Record]) -> None:
-    """The same file with other lines behind the first, replaced as a whole."""
+    """Replaces the lines after the first, the file as a whole.
+
+    Args:
+        path: the file of predictions.
+        records: values of the new lines.
+    """
     first = _whole_lines(path, must_exist=True).split(b"\n", 1)[0].decode("utf-8")
     temporary = path.with_name(f"{path.name}.tmp")
     lines = [first, *(json.dumps(record, ensure_ascii=False) for record in records)]

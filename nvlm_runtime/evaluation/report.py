@@ -15,7 +15,20 @@ SEED = 0
 
 
 def wilson(right: float, num: int) -> tuple[float, float]:
-    """Wilson's interval of a share, for scores of 0 and 1 (Wilson 1927). ValueError without rows."""
+    """Computes Wilson's 95 % interval of a share, for scores of 0 and 1.
+
+    Args:
+        right: sum of the scores.
+        num: number of scores, at least 1.
+
+    Returns:
+        Lower and upper end, within 0 to 1.
+
+    Raises:
+        ValueError: there are no scores.
+
+    Source: Wilson 1927.
+    """
     if num < 1:
         raise ValueError("an interval needs at least one score")
     share = right / num
@@ -25,7 +38,17 @@ def wilson(right: float, num: int) -> tuple[float, float]:
 
 
 def bootstrap(scores: Sequence[float]) -> tuple[float, float]:
-    """Percentiles 2.5 and 97.5 of the means of 10,000 resamples, always the same ones. ValueError without rows."""
+    """Computes percentiles 2.5 and 97.5 of the means of 10,000 resamples, always the same ones.
+
+    Args:
+        scores: one per question, at least one.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        ValueError: there are no scores.
+    """
     if not scores:
         raise ValueError("an interval needs at least one score")
     values, counts = np.unique(np.asarray(scores, np.float64), return_counts=True)
@@ -36,13 +59,31 @@ def bootstrap(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def summary(scores: Sequence[float], binary: bool) -> dict[str, Any]:
-    """{"rows", "score": the mean, "interval": [low, high]}."""
+    """Summarises scores.
+
+    Args:
+        scores: one per question, at least one.
+        binary: whether each is 0 or 1, which decides the interval.
+
+    Returns:
+        {"rows", "score": the mean, "interval": [low, high]}.
+    """
     interval = wilson(sum(scores), len(scores)) if binary else bootstrap(scores)
     return {"rows": len(scores), "score": sum(scores) / len(scores), "interval": list(interval)}
 
 
 def report(name: str, task: Task, samples: Sequence[Sample], scores: Sequence[float]) -> dict[str, Any]:
-    """`summary` of all rows, and under "categories" of each part of each division; OCRBench's "points" are the sum."""
+    """Summarises a benchmark: all rows, and under "categories" each part of each division.
+
+    Args:
+        name: of the task.
+        task: the task.
+        samples: its questions.
+        scores: one per question.
+
+    Returns:
+        JSON values, with the metric and the method of the interval; OCRBench's "points" are the sum of the scores.
+    """
     parts: dict[str, dict[str, list[float]]] = {}
     for sample, score in zip(samples, scores, strict=True):
         for division, part in sample.categories:

@@ -27,6 +27,14 @@ class Row:
         return f"{self.path.parent.name}/{self.path.name}:{self.number}"
 
     def error(self, reason: str) -> ValueError:
+        """Makes an error that names the row.
+
+        Args:
+            reason: what was found and what was expected.
+
+        Returns:
+            The error, to be raised.
+        """
         return ValueError(f"{self.where}: {reason}")
 
     def get(self, *names: str) -> Any:
@@ -42,6 +50,14 @@ class Row:
         return value
 
     def text(self, *names: str) -> str:
+        """Returns the text under the first of some names that the row has.
+
+        Args:
+            *names: names of columns or keys.
+
+        Raises:
+            ValueError: the row has none of them, or its value is no text.
+        """
         value = self.need(*names)
         if not isinstance(value, str):
             raise self.error(f"{names[0]!r} must be a text, got {value!r:.60}")
@@ -61,11 +77,20 @@ def _is_empty(value: Any) -> bool:
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None, key: str | None = None) -> list[Row]:
-    """Every row of a file, or of all the files of a folder in the order of their names.
+    """Reads every row of a file, or of all the files of a folder in the order of their names.
 
-    columns: of a CSV without a header. key: the name under which a JSON object holds its list of rows; an object
-    without it is a row itself, or, where its values are objects, holds its rows by name ("key" in each).
-    Raises FileNotFoundError, or ValueError that names file and line, for what cannot be read, and for no rows at all.
+    Args:
+        path: a file or folder.
+        columns: of a CSV without a header.
+        key: the name under which a JSON object holds its list of rows; an object without it is a row itself, or, where
+            its values are objects, holds its rows by name ("key" in each).
+
+    Returns:
+        The rows, at least one.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: a file cannot be read, or there are no rows; names file and line.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)

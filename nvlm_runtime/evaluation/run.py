@@ -17,10 +17,23 @@ SEAM = 8  # tokens: text may be cut otherwise where a picture stands in it
 def answers(
     model: NVLM, samples: Sequence[Sample], *, batch: int, max_new_tokens: int, style: Style = "hf"
 ) -> Iterator[tuple[Sample, Output]]:
-    """Greedy answers, `batch` rows decoding at a time; each comes when it and all before it are complete. Rows join and
-    leave the running batch; over several ranks, which must do the same at the same time, a batch ends before the next.
+    """Answers questions greedily; each answer comes when it and all before it are complete.
 
-    ValueError that names the row for one that the model cannot be asked, as where its prompt is too long.
+    Questions join and leave the running batch; over several ranks, which must do the same at the same time, a batch
+    ends before the next.
+
+    Args:
+        model: the model.
+        samples: the questions.
+        batch: the most questions that decode at a time.
+        max_new_tokens: the most tokens of an answer.
+        style: how turns are written, as in `NVLM.prepare`.
+
+    Yields:
+        Each question with its output, in order.
+
+    Raises:
+        ValueError: the model cannot be asked a question, as where its prompt is too long; names its row.
     """
     if not samples:
         return

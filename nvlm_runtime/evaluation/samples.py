@@ -34,10 +34,12 @@ class Sample:
 
     @property
     def prompt(self) -> str:
+        """The question as text, `MARK` in the place of each image."""
         return "".join(part if isinstance(part, str) else MARK for part in self.parts)
 
     @property
     def pictures(self) -> list[Source]:
+        """The images of the question, in order."""
         return [part for part in self.parts if not isinstance(part, str)]
 
     @property
@@ -59,6 +61,15 @@ class Pictures:
 
     @classmethod
     def of(cls, rows: Iterable[Row], folder: Path) -> "Pictures":
+        """Collects where the images of a file's rows are.
+
+        Args:
+            rows: of one file or folder. A TSV's rows hold images in base64, or the index of the row that does.
+            folder: of image files that other rows name.
+
+        Returns:
+            The images of these rows.
+        """
         tables: dict[Path, dict[str, str]] = {}
         for row in rows:
             if row.path.suffix == ".tsv" and row.get("index") and row.get("image"):
@@ -66,7 +77,18 @@ class Pictures:
         return cls(folder, tables)
 
     def all(self, row: Row, *names: str) -> list[Source]:
-        """The pictures under the first of `names` that the row has. ValueError without one, or for bad base64."""
+        """Finds the images of a row.
+
+        Args:
+            row: the row.
+            *names: columns; the first that the row has is read.
+
+        Returns:
+            Paths or files' bytes, in order.
+
+        Raises:
+            ValueError: the row has none, or its base64 is bad.
+        """
         if row.path.suffix == ".tsv" and row.get("image"):
             encoded = row.text("image")
             if len(encoded) <= LONGEST_INDEX:
@@ -79,6 +101,18 @@ class Pictures:
         return [self.folder / name for name in values]
 
     def one(self, row: Row, *names: str) -> Source:
+        """Finds the one image of a row.
+
+        Args:
+            row: the row.
+            *names: columns; the first that the row has is read.
+
+        Returns:
+            A path or a file's bytes.
+
+        Raises:
+            ValueError: as `all`, and where the row has several.
+        """
         pictures = self.all(row, *names)
         if len(pictures) != 1:
             raise row.error(f"expected one picture, got {len(pictures)}")
@@ -86,7 +120,14 @@ class Pictures:
 
 
 def literal_list(text: str) -> list | None:
-    """A list written as Python or JSON writes it; None for any other text."""
+    """Parses a list written as Python or JSON writes it.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The list; None for any other text.
+    """
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
@@ -104,7 +145,14 @@ def _decode(row: Row, text: str) -> bytes:
 
 
 def check_pictures(samples: Iterable[Sample]) -> None:
-    """Reads the header of every picture. ValueError that names the row for one that is missing or is no picture."""
+    """Reads the header of every image.
+
+    Args:
+        samples: the questions.
+
+    Raises:
+        ValueError: an image is missing or is none; names the row.
+    """
     seen: set[Path] = set()
     for sample in samples:
         for source in sample.pictures:
@@ -124,12 +172,30 @@ def check_pictures(samples: Iterable[Sample]) -> None:
 
 
 def opened(source: Source) -> Path | Image.Image:
-    """A picture as the model takes it."""
+    """Makes of an image what the model takes.
+
+    Args:
+        source: a path or a file's bytes.
+
+    Returns:
+        The path, or a PIL image.
+    """
     return Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
 
 
 def options(row: Row, *names: str) -> list[str]:
-    """Of a choice: the columns A, B, ... that have a text, or the list, or list written as text, under `names`."""
+    """Reads the options of a multiple-choice question: columns A, B, ... that have a text, or a list.
+
+    Args:
+        row: the row.
+        *names: columns that may hold the list, or the list written as text.
+
+    Returns:
+        Texts of the options, at least 2.
+
+    Raises:
+        ValueError: there is no such list, or it has too few or too many options.
+    """
     if columns := [row.values.get(letter) for letter in LETTERS if row.get(letter)]:
         found = [str(value) for value in columns]
     else:
@@ -144,7 +210,19 @@ def options(row: Row, *names: str) -> list[str]:
 
 
 def gold_letter(row: Row, among: Sequence[str], *names: str) -> str:
-    """The right option's letter, given as such or as the option's number from 0."""
+    """Reads the right option, given as its letter or as its number from 0.
+
+    Args:
+        row: the row.
+        among: texts of the options.
+        *names: columns; the first that the row has is read.
+
+    Returns:
+        The option's letter.
+
+    Raises:
+        ValueError: the value names no option.
+    """
     value = row.need(*names)
     letters = LETTERS[: len(among)]
     if isinstance(value, list) and len(value) == 1:

@@ -62,11 +62,20 @@ class Task:
 def read_samples(
     task: Task, data: Sequence[Path], answers: Path | None = None, images: Path | None = None
 ) -> list[Sample]:
-    """The questions of files or folders, in their order.
+    """Reads the questions of files or folders, in their order.
 
-    answers: the file of VQAv2's annotations. images: the folder of the pictures; None is the task's own, beside the
-    data. Raises FileNotFoundError, or ValueError naming file and row, for what cannot be asked or scored, and for two
-    questions with one id.
+    Args:
+        task: the benchmark.
+        data: files or folders.
+        answers: the file of VQAv2's annotations; None for other tasks.
+        images: folder of the images; None is the task's own, beside the data.
+
+    Returns:
+        The questions.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a row cannot be asked or scored, or two have one id; names file and row.
     """
     if (answers is None) != (task.answers_key is None):
         wrong = "missing" if answers is None else "of no use here"

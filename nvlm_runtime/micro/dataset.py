@@ -28,11 +28,27 @@ CHUNK = 100  # documents a task of the pool, and a folder of pictures
 
 
 def document_at(seed: int, index: int) -> Document:
+    """Draws a training document.
+
+    Args:
+        seed: of the dataset.
+        index: of the document.
+
+    Returns:
+        The document.
+    """
     return make_document(f"train:{seed}:{index}")
 
 
 def documents_hash(seed: int) -> str:
-    """Eight letters that change when documents are drawn or written otherwise, or asked about."""
+    """Hashes the first 20 documents of a seed, to tell apart what versions of this package draw and ask.
+
+    Args:
+        seed: of the dataset.
+
+    Returns:
+        Eight hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for index in range(20):
         document = document_at(seed, index)
@@ -55,7 +71,16 @@ def _choose(rng: random.Random, document: Document) -> list[Question]:
 
 
 def conversations(document: Document, seed: int, index: int) -> dict[str, list[list[Question]]]:
-    """ROUNDS conversations for each file the document is in; those without a question are left out."""
+    """Chooses what is asked about a document, `ROUNDS` times per file it is in.
+
+    Args:
+        document: the document.
+        seed: of the dataset.
+        index: of the document.
+
+    Returns:
+        File names to conversations; those without a question are left out.
+    """
     rng = random.Random(f"asked:{seed}:{index}")
     found = {}
     for name in FILES:
@@ -67,7 +92,15 @@ def conversations(document: Document, seed: int, index: int) -> dict[str, list[l
 
 
 def row(picture: str, asked: Sequence[Question]) -> str:
-    """A line of JSON in the LLaVA/ShareGPT form."""
+    """Writes a line of JSON in the LLaVA/ShareGPT form.
+
+    Args:
+        picture: path of the image.
+        asked: the questions of one conversation.
+
+    Returns:
+        The line, with its newline.
+    """
     turns = []
     for number, question in enumerate(asked):
         turns.append({"from": "human", "value": question.text if number else f"<image>\n{question.text}"})
@@ -90,7 +123,14 @@ def _write_chunk(folder: Path, seed: int, num_documents: int, first: int) -> dic
 
 
 def write_dataset(folder: Path, seed: int, num_documents: int, log: Callable[[str], None]) -> None:
-    """The files for documents 0 to num_documents of a seed, whole or not at all."""
+    """Writes documents and questions, all or nothing, in several processes.
+
+    Args:
+        folder: the new folder.
+        seed: of the dataset.
+        num_documents: documents 0 to num_documents - 1 are written.
+        log: called with a line per chunk of documents.
+    """
     unfinished = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -61,11 +61,14 @@ class Line:
     height: float
 
     def centres(self) -> list[tuple[float, float]]:
+        """Returns the (x, y) of each character's centre, in units of the tile."""
         return [(self.x + (i + 0.5) * self.pitch, self.y) for i in range(len(self.text))]
 
 
 @dataclass(frozen=True)
 class Shape:
+    """A coloured shape of a tile, at (x, y) in units of the tile."""
+
     name: str
     colour: str
     x: float
@@ -75,16 +78,23 @@ class Shape:
 
 @dataclass
 class Tile:
+    """What one tile of a document shows."""
+
     lines: list[Line] = field(default_factory=list)
     shape: Shape | None = None
 
     def only(self, role: str) -> Line | None:
-        """The tile's line of this role, if it has exactly one."""
+        """Returns the tile's line of a role, None unless it has exactly one.
+
+        Args:
+            role: as in `Line.role`.
+        """
         found = [line for line in self.lines if line.role == role]
         return found[0] if len(found) == 1 else None
 
     @property
     def label(self) -> str | None:
+        """Text of the tile's label; None unless it has exactly one."""
         line = self.only("label")
         return line.text if line else None
 
@@ -155,7 +165,15 @@ def _tile(rng: random.Random, labels: list[str]) -> Tile:
 
 
 def make_document(seed: str, grid: tuple[int, int] | None = None) -> Document:
-    """The document of this seed, the same on every machine. grid: (cols, rows), drawn from the seed when None."""
+    """Makes the document of a seed, the same on every machine.
+
+    Args:
+        seed: any text.
+        grid: (cols, rows) of tiles; None draws one from the seed.
+
+    Returns:
+        The document.
+    """
     rng = random.Random(seed)
     cols, rows = rng.choice(GRIDS) if grid is None else grid
     kind = rng.choice(tuple(FIELDS))
@@ -226,7 +244,14 @@ def _draw_frame(draw: ImageDraw.ImageDraw, document: Document, sx: float, sy: fl
 
 
 def draw(document: Document) -> Image.Image:
-    """The document as an RGB picture."""
+    """Draws a document.
+
+    Args:
+        document: the document.
+
+    Returns:
+        An RGB image of the document's width and height.
+    """
     image = Image.new("RGB", (document.width, document.height), document.paper)
     pen = ImageDraw.Draw(image)
     sx = document.width / (SIDE * document.cols)

@@ -32,7 +32,14 @@ def _samples(seed: int, samples: int, grids: Sequence[tuple[int, int]]) -> list[
 
 
 def open_tag_mask(prepared: PreparedPrompt) -> PreparedPrompt:
-    """Every row that sees a tile sees every tile of all the images."""
+    """Opens the tile-tag mask: every token that sees a tile sees every tile of all the images.
+
+    Args:
+        prepared: a prompt of NVLM-X.
+
+    Returns:
+        A copy with other intervals.
+    """
     intervals = prepared.layout.intervals.clone()
     sees = intervals[:, 1] > intervals[:, 0]
     intervals[sees] = torch.tensor([0, prepared.layout.cross_length])
@@ -59,11 +66,22 @@ def evaluate(
     blank_tiles: bool = False,
     grids: Sequence[tuple[int, int]] = GRIDS,
 ) -> dict[str, Any]:
-    """Exact greedy answers: {"accuracy", "samples", "seed", "by_kind": {kind: share}, "kinds": {kind: [asked, right]}}.
+    """Asks a model about drawn documents, and counts exact greedy answers.
 
-    open_mask: NVLM-X with its tile-tag mask opened. blank_tiles: only the thumbnail can be read; documents of one
-    tile, which are their own thumbnail, keep it. grids: columns and rows of tiles, in turn. Raises ValueError for fewer
-    than one sample.
+    Args:
+        model: a micro model.
+        seed: of the documents.
+        samples: number of questions, at least 1.
+        open_mask: whether the tile-tag mask of NVLM-X is opened.
+        blank_tiles: whether only the thumbnail can be read; documents of one tile, which are their own thumbnail, keep
+            it.
+        grids: columns and rows of tiles, in turn.
+
+    Returns:
+        {"variant", "seed", "samples", "accuracy", "by_kind": {kind: share}, "kinds": {kind: [asked, right]}}.
+
+    Raises:
+        ValueError: fewer than one question, or `open_mask` for another variant.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")

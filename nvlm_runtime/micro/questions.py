@@ -13,6 +13,8 @@ KINDS = ("tile", "read", "position", "colour", "shape", "field")
 
 @dataclass(frozen=True)
 class Question:
+    """A question about a document and its right answer."""
+
     kind: str
     text: str
     answer: str
@@ -72,7 +74,14 @@ def _by_look(document: Document) -> list[Question]:
 
 
 def transcription(document: Document) -> Question:
-    """Everything the picture shows, tile by tile: dense supervision for reading, asked in training alone."""
+    """Asks for all that the image shows, tile by tile: dense supervision for reading, in training alone.
+
+    Args:
+        document: the document.
+
+    Returns:
+        The question.
+    """
     rows = []
     for number, tile in enumerate(document.tiles, start=1):
         parts = [f"{tile.shape.colour} {tile.shape.name}"] if tile.shape else []
@@ -82,7 +91,14 @@ def transcription(document: Document) -> Question:
 
 
 def questions(document: Document) -> list[Question]:
-    """Every question the document answers, in a fixed order. May be empty."""
+    """Lists every question that a document answers, in a fixed order.
+
+    Args:
+        document: the document.
+
+    Returns:
+        The questions, perhaps none.
+    """
     if len(document.tiles) == 1:
         return _by_look(document)
     return _by_tile(document) + _by_position(document) + _by_look(document)

@@ -30,7 +30,15 @@ BLANK_WEIGHT = 0.05
 
 
 def dense_target(tile: Tile, side: int) -> Tensor:
-    """int64 [len(TARGETS), side*side], one row a target in the order of TARGETS, IGNORE where it does not apply."""
+    """Says what has its centre in each patch of a tile.
+
+    Args:
+        tile: the tile.
+        side: patches per side.
+
+    Returns:
+        int64 [len(TARGETS), side * side], one row per target; IGNORE where it does not apply.
+    """
     target = torch.full((len(TARGETS), side, side), IGNORE)
     target[0] = target[1] = 0  # blank, no role
     unit = SIDE / side
@@ -55,8 +63,14 @@ def dense_target(tile: Tile, side: int) -> Tensor:
 
 
 def document_tiles(document: Document, thumbnail: bool = False) -> Tensor:
-    """The regular tiles of a document as the model sees them, and the thumbnail where it has one and it is asked for:
-    [cols*rows (+ 1), 3, SIDE, SIDE].
+    """Draws a document and cuts it into tiles, as the model sees them.
+
+    Args:
+        document: the document.
+        thumbnail: whether the thumbnail follows, where there is one.
+
+    Returns:
+        Pixels, fp32 [cols * rows (+ 1), 3, SIDE, SIDE].
     """
     plan = plan_tiles(document.width, document.height, SIDE)
     tiles = tile_pixels(draw(document), plan)
@@ -96,6 +110,14 @@ class DenseHeads(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in TARGETS.values())
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """Classifies patches.
+
+        Args:
+            x: patch features [B, L, C].
+
+        Returns:
+            Logits [B, L, classes] per target, in the order of TARGETS.
+        """
         x = self.norm(x)
         return [head(x) for head in self.heads]
 
@@ -116,7 +138,15 @@ def _loss(outputs: list[Tensor], targets: Tensor) -> Tensor:
 
 
 def accuracy(outputs: list[Tensor], targets: Tensor) -> dict[str, float]:
-    """Share right a target; for glyph and role over the patches that hold something."""
+    """Computes the share of right patches per target; for glyph and role, over the patches that hold something.
+
+    Args:
+        outputs: logits as of `DenseHeads`.
+        targets: int64 [B, len(TARGETS), L].
+
+    Returns:
+        Shares, 0 to 1, by target.
+    """
     shares = {}
     for row, (name, logits) in enumerate(zip(TARGETS, outputs, strict=True)):
         counted = targets[:, row] > 0 if row < 2 else targets[:, row] != IGNORE
@@ -133,7 +163,20 @@ def pretrain(
     lr: float = 2e-3,
     compile: bool = True,
 ) -> tuple[InternViT, DenseHeads]:
-    """Trains a tower on `steps` batches of tiles. Returns it frozen, in eval mode, with the heads that read it."""
+    """Trains a vision encoder on the dense target.
+
+    Args:
+        config: of the vision encoder.
+        seed: of weights and documents.
+        log: called with a line now and then.
+        steps: number of steps, 2000 by default.
+        batch: tiles per step.
+        lr: peak learning rate.
+        compile: whether torch.compile is used.
+
+    Returns:
+        The vision encoder, frozen and in eval mode, and the heads that read it.
+    """
     torch.manual_seed(seed)
     tower, heads = InternViT(config), DenseHeads(config.hidden_size)
     params = [*tower.parameters(), *heads.parameters()]
@@ -145,7 +188,19 @@ def pretrain(
 def fit_heads(
     tower: InternViT, seed: int, log: Callable[[str], None], steps: int = 300, batch: int = 128, lr: float = 1e-2
 ) -> DenseHeads:
-    """Heads that read a tower which knows its target already; the tower, in eval mode, stays as it is."""
+    """Trains heads on a vision encoder that has learned its target already; it does not change.
+
+    Args:
+        tower: the vision encoder, in eval mode. It is frozen.
+        seed: of weights and documents.
+        log: called with a line now and then.
+        steps: number of steps, 300 by default.
+        batch: tiles per step.
+        lr: peak learning rate.
+
+    Returns:
+        The heads.
+    """
     torch.manual_seed(seed)
     tower.requires_grad_(False)
     heads = DenseHeads(tower.config.hidden_size)

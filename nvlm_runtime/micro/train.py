@@ -54,7 +54,13 @@ class Sizes:
 
 
 def init_weights(model: NVLMModel) -> None:
-    """Unit-variance linears, smaller where they end a residual branch; open gates, with no text model to keep."""
+    """Draws the weights of projector and decoder: unit-variance linears, smaller where they end a residual branch.
+
+    Gates are open: there is no text model whose answers they would have to keep.
+
+    Args:
+        model: written in place. The vision encoder's linears are left as they are.
+    """
     depth = (2 * len(model.language_model.layers)) ** -0.5
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith("vision_model"):
@@ -70,8 +76,16 @@ def init_weights(model: NVLMModel) -> None:
 
 
 def shared_tower(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
-    """The weights of the work folder's tower and of the heads that read it, pretrained first where there are none.
-    steps: 0 for the shipped models' tower and heads fitted to it.
+    """Reads the vision encoder of the work folder and the heads that read it, pretrained first where there are none.
+
+    Args:
+        work: the work folder.
+        seed: of weights and documents.
+        steps: of pretraining; 0 takes the shipped models' vision encoder and fits heads to it.
+        log: called with a line now and then.
+
+    Returns:
+        State dicts under "tower" and "heads".
     """
     path = work / f"tower-{seed}-{steps}-{documents_hash(seed)}.pt"
     if not path.exists():
@@ -87,7 +101,17 @@ def shared_tower(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
 
 
 def shared_documents(work: Path, seed: int, num_documents: int, log: Log) -> Path:
-    """The work folder's documents, drawn first where there are none."""
+    """Finds the documents of the work folder, drawn first where there are none.
+
+    Args:
+        work: the work folder.
+        seed: of the documents.
+        num_documents: how many.
+        log: called with a line now and then.
+
+    Returns:
+        Their folder.
+    """
     folder = work / f"documents-{seed}-{num_documents}-{documents_hash(seed)}"
     if not folder.exists():
         write_dataset(folder, seed, num_documents, log)
@@ -99,8 +123,13 @@ def init_projector(model: NVLMModel, heads: DenseHeads, features: Features) -> N
     """Lets the projector's first linear begin with what the heads read from each of a token's four patches.
 
     A layer too narrow for all of it (NVLM-X's) takes random mixtures. The last linear is scaled so that image tokens of
-    these features have the embeddings' standard deviation: cross-attention does not norm its keys, and
-    larger ones saturate it before it has learned anything.
+    these features have the embeddings' standard deviation: cross-attention does not norm its keys, and larger ones
+    saturate it before it has learned anything.
+
+    Args:
+        model: written in place.
+        heads: from `pretrain` or `fit_heads`.
+        features: of some tiles, as `model.encode` returns them.
     """
     first, last = model.mlp1[1], model.mlp1[-1]
     readout = torch.block_diag(*[heads.readout()] * 4)  # [4 * targets, 4 * width]
@@ -113,14 +142,28 @@ def init_projector(model: NVLMModel, heads: DenseHeads, features: Features) -> N
 
 
 def first_tiles(documents: Path, num: int = 50) -> Tensor:
-    """Tiles [N, 3, SIDE, SIDE] of the first `num` pictures."""
+    """Reads the tiles of the first images of a dataset.
+
+    Args:
+        documents: folder of the dataset.
+        num: number of images, 50 by default.
+
+    Returns:
+        Pixels, fp32 [N, 3, SIDE, SIDE].
+    """
     pictures = (open_image(path) for path in sorted(documents.glob("pictures/*/*.png"))[:num])
     return torch.cat([tile_pixels(picture, plan_tiles(*picture.size, SIDE)) for picture in pictures])
 
 
 def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path, tower: Mapping[str, Any]) -> None:
-    """The model before its first step, as a checkpoint in `folder`. config: of a micro model, its tile tags any.
-    tower: as `shared_tower` gives it.
+    """Writes the model before its first step, as a checkpoint.
+
+    Args:
+        config: of a micro model, its tile tags any.
+        seed: of the new weights.
+        folder: made where it does not exist.
+        documents: folder of the dataset, whose first images scale the projector.
+        tower: state dicts as `shared_tower` returns them.
     """
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
     heads = DenseHeads(MICRO_VISION.hidden_size)
@@ -138,7 +181,20 @@ def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path
 
 
 def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents: Path, sizes: Sizes) -> Recipe:
-    """The recipe of a stage of `STAGES`."""
+    """Makes the recipe of a stage.
+
+    Args:
+        name: one of `STAGES`.
+        variant: "d", "x" or "h".
+        seed: of the run.
+        model: checkpoint before the stage.
+        out: folder of the stage.
+        documents: folder of the dataset.
+        sizes: steps, rows and documents of the run.
+
+    Returns:
+        The recipe.
+    """
     is_first = name == STAGES[0]
     first = max(1, round(PRETRAINING * sizes.steps))
     steps = first if is_first else sizes.steps - first
@@ -165,10 +221,22 @@ def stage(name: str, variant: str, seed: int, model: Path, out: Path, documents:
 
 
 def train_micro(variant: str, seed: int, out: Path, work: Path, sizes: Sizes, resume: bool, log: Log) -> int:
-    """Trains a micro model of a variant ("d", "x" or "h") and writes its checkpoint to `out`, weights in bfloat16.
+    """Trains a micro model and writes its checkpoint, weights in bfloat16.
 
-    The stages are folders of `out`; resume goes on with the first that is not done. Returns what `Trainer.run` does.
-    Raises ValueError where `out` holds a run and resume is not asked for.
+    Args:
+        variant: "d", "x" or "h".
+        seed: of the run.
+        out: folder of the checkpoint, with a folder per stage in it.
+        work: folder of what runs share.
+        sizes: of the run.
+        resume: whether to continue with the first stage that is not done.
+        log: called with lines of progress.
+
+    Returns:
+        What `Trainer.run` does.
+
+    Raises:
+        ValueError: `out` holds a run and `resume` is not given.
     """
     if out.exists() and any(out.iterdir()) and not resume:
         raise ValueError(f"{out} is there already and not empty: --resume goes on with it, or name another folder")
@@ -185,8 +253,15 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, sizes: Sizes, re
 
 
 def run_stages(out: Path, recipe_of: Callable[[str, Path, Path], Recipe], log: Log) -> int:
-    """What is left of the stages, from the model in the folder "beginning" of `out` on, each in a folder of its own.
-    recipe_of: of a stage's name, the model before it and its folder. Returns what `Trainer.run` does.
+    """Runs what is left of the stages, each in a folder of its own, from the model in the folder "beginning" of `out`.
+
+    Args:
+        out: folder of the run.
+        recipe_of: makes the recipe, of a stage's name, the folder of the model before it and the stage's folder.
+        log: called with lines of progress.
+
+    Returns:
+        What `Trainer.run` does.
     """
     model = out / BEGINNING
     for name in STAGES:

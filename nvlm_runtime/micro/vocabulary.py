@@ -28,7 +28,14 @@ def _corpus() -> list[str]:
 
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """Trained on the question templates; the same on every machine."""
+    """Trains a tokenizer on the question templates; the same on every machine.
+
+    Args:
+        vocab_size: number of tokens, special ones included.
+
+    Returns:
+        The tokenizer.
+    """
     bpe = BPE(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
