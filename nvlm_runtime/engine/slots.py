@@ -177,9 +177,12 @@ def check_memory(num_bytes: int, batch: int, device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: the driver's figure, or Linux's estimate; sys.maxsize where there is none."""
+    """Bytes that can still be allocated: the driver's figure and what torch's allocator holds and does not use, or
+    Linux's estimate; sys.maxsize where there is none.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     estimate = Path("/proc/meminfo")
     if not estimate.exists():
         return sys.maxsize

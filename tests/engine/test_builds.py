@@ -1,6 +1,7 @@
 """Building a captured step while other rows are active changes nothing that any row reads."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,10 +9,12 @@ from functools import partial
 import pytest
 import torch
 
-from nvlm_runtime.engine.graphs import CapturedRunner
+from nvlm_runtime.engine.graphs import CapturedRunner, CapturedStep
+from nvlm_runtime.engine.images import fingerprint
 from nvlm_runtime.engine.sampling import Draw, GenerationParams
-from nvlm_runtime.engine.slots import BatchSlots
+from nvlm_runtime.engine.slots import BatchSlots, free_bytes
 from tests.engine.test_batch import LARGE, SMALL, fresh
+from tests.model.test_model import picture
 
 VARIANTS = ("d", "x", "h")
 
@@ -111,3 +114,76 @@ def test_a_prompt_whose_steps_are_built_late_leaves_the_other_rows_alone():
     while not batch.is_idle:
         batch.advance()
     assert [each.token_ids for each in made] == want
+
+
+@torch.inference_mode()
+def test_other_threads_work_while_steps_are_built(monkeypatch):
+    """CUDA calls of other threads must not break a capture: it is thread_local, and here they come while it lasts."""
+    model = fresh("x", graphs=True)
+    slots, done, errors = active_rows(model.runner), [], []
+    names, original = iter(range(1000)), CapturedStep.build
+
+    def others() -> None:
+        try:
+            done.append(model.encode_image(picture((32 * (1 + next(names) % 3), 32), next(names))).fingerprint)
+            done.append(len(model.prepare("What is it?", [SMALL]).input_ids))
+            done.append(fingerprint(model.model))
+        except Exception as error:
+            errors.append(error)
+
+    def build(step, pool):
+        if not step.name.startswith("prefill"):
+            return original(step, pool)
+        thread = threading.Thread(target=others)
+        fn = step.fn
+
+        def inside() -> None:
+            if thread.ident is None:
+                thread.start()
+                thread.join(60)
+            fn()
+
+        step.fn = inside
+        original(step, pool)
+        step.fn = fn
+
+    monkeypatch.setattr(CapturedStep, "build", build)
+    with nothing_changes(slots):
+        build_all(model.runner, slots)
+    assert not errors and len(done) == 12 and done[0] == done[2]
+
+
+def test_a_capture_lets_other_threads_call_cuda(monkeypatch):
+    """With a stubbed CUDA: two dry runs on a stream of their own, then a thread_local capture."""
+    events = []
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append("wait")
+
+    @contextmanager
+    def inside(name, *args, **options):
+        events.append((name, options.get("capture_error_mode")))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "stream", partial(inside, "stream"))
+    monkeypatch.setattr(torch.cuda, "graph", partial(inside, "graph"))
+    CapturedStep("a step", lambda: events.append("run"), {}).build((0, 0))
+    want = ["wait", ("stream", None), "run", "run", "wait", ("graph", "thread_local"), "run"]
+    assert events == want
+
+
+def test_free_memory_counts_what_the_allocator_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 250)
+    assert free_bytes(torch.device("cuda", 0)) == 550
+
+
+def test_rows_one_by_one_are_warmed_up_at_both_alignments():
+    assert fresh("d", deterministic=True, native=False).runner.batch_sizes(5) == (1, 2)
+    assert fresh("d", deterministic=True, native=False).runner.batch_sizes(1) == (1,)
+    assert fresh("d", native=False).runner.batch_sizes(3) == (1, 2, 3)

@@ -1,5 +1,6 @@
-TESTS = ("tests/engine/test_builds.py",)
+TESTS = ("tests/engine/test_builds.py", "tests/kernels/test_split_variants.py")
 FILE = "nvlm_runtime/engine/graphs.py"
+SPLIT = "nvlm_kernels/ops/attention/split.py"
 MUTATIONS = [
     (
         FILE,
@@ -12,5 +13,29 @@ MUTATIONS = [
         "with key[1].all_inactive() if isinstance(key[1], BatchSlots) else nullcontext():",
         "with nullcontext():",
         "a dry run of a decode step moves the rows on",
+    ),
+    (
+        FILE,
+        'capture_error_mode="thread_local"',
+        'capture_error_mode="global"',
+        "a capture breaks when another thread calls CUDA",
+    ),
+    (
+        "nvlm_runtime/engine/slots.py",
+        "mem_get_info(device)[0] + held",
+        "mem_get_info(device)[0]",
+        "memory that the allocator holds counts as used",
+    ),
+    (
+        SPLIT,
+        '@triton.jit(do_not_specialize=["num_keys"])',
+        "@triton.jit",
+        "the kernel is compiled for the number of keys",
+    ),
+    (
+        SPLIT,
+        "max(num_splits, _most_splits(q, k))",
+        "num_splits",
+        "the kernel is compiled for the number of splits",
     ),
 ]

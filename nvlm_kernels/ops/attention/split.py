@@ -11,7 +11,8 @@ leaves a row max m, a row sum l and a weighted sum of v in fp32; a second kernel
     out = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i      m = max_i m_i
 
 An empty split leaves m = -inf and l = 0, and its acc is neither written nor read. The grid depends on shapes alone and
-nothing waits for the device, so one CUDA graph serves every length. tile_attention and decode_attention call this.
+nothing waits for the device, so one CUDA graph serves every length. How many keys there are changes no constant of
+the kernels, so a growing context compiles nothing. tile_attention and decode_attention call this.
 Bound: memory, the bytes of the visible k and v; the splits add 2 * 4 * num_splits * T * H * D bytes.
 Numerics: as the forward of tile_attention.
 Source: Flash-Decoding (PyTorch blog, October 2023).
@@ -58,7 +59,7 @@ def rows_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def _split_kernel(
     q_ptr,
     k_ptr,
@@ -118,7 +119,7 @@ def _split_kernel(
     tl.store(acc_ptr + row[:, None] * D + offs_d[None, :], acc, mask=written[:, None] & lanes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_rows"])
 def _combine_kernel(
     max_ptr,
     sum_ptr,
@@ -158,6 +159,13 @@ def _sizes(q: Tensor, k: Tensor) -> dict[str, int]:
     return dict(BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=width, num_warps=num_warps, num_stages=num_stages)
 
 
+def _most_splits(q: Tensor, k: Tensor) -> int:
+    """The splits of as many keys as one likes: what fills the device."""
+    sizes = _sizes(q, k)
+    blocks = q.shape[0] * k.shape[2] * triton.cdiv(q.shape[1] * (q.shape[2] // k.shape[2]), sizes["BLOCK_M"])
+    return max(1, PROGRAMS // blocks)
+
+
 @triton_op("nvlm::split_attention", mutates_args=())
 def _split(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, num_splits: int) -> Tensor:
     batch, num_tokens, num_heads, head_dim = q.shape
@@ -175,7 +183,8 @@ def _split(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, num_splits: int) 
     num_rows = batch * num_tokens * num_heads
     wrap_triton(_combine_kernel)[(num_rows,)](
         row_max, row_sum, acc, out, num_splits, num_rows,
-        D=head_dim, BLOCK_S=triton.next_power_of_2(num_splits), BLOCK_D=sizes["BLOCK_D"], num_warps=4,
+        D=head_dim, BLOCK_S=triton.next_power_of_2(max(num_splits, _most_splits(q, k))), BLOCK_D=sizes["BLOCK_D"],
+        num_warps=4,
     )  # fmt: skip
     return out
 
@@ -193,8 +202,6 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, num_spli
         [B, T, H, D] in q's dtype.
     """
     if num_splits is None:
-        sizes = _sizes(q, k)
-        blocks = q.shape[0] * k.shape[2] * triton.cdiv(q.shape[1] * (q.shape[2] // k.shape[2]), sizes["BLOCK_M"])
-        num_splits = max(1, min(PROGRAMS // blocks, triton.cdiv(k.shape[1], sizes["BLOCK_N"])))
+        num_splits = max(1, min(_most_splits(q, k), triton.cdiv(k.shape[1], _sizes(q, k)["BLOCK_N"])))
     q, k, v = (rows_contiguous(t) for t in (q, k, v))
     return _split(q, k, v, intervals.contiguous(), num_splits)
