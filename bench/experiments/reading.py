@@ -1,4 +1,4 @@
-"""Reading pretraining: a tower and a projector learn to say a rendered tile in a text model's own tokens, in order.
+"""Reading pretraining: vision encoder and projector learn to say a rendered tile in a text model's tokens, in order.
 
 A tile has up to two parts, lines or a shape, one above the other; the first half of its image tokens says the upper
 one, the second half the lower. Each of them holds, as mixed embeddings of the text model, the next token of the part
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.micro.document import CHARS, COLOURS, LABELS, SHAPES, WORDS, Shape, Tile
-from nvlm_runtime.micro.tower import ROLES, TileStream
+from nvlm_runtime.micro.vision_encoder import ROLES, TileStream
 from nvlm_runtime.model.model import NVLMModel
 
 FIELDS = ("token", "before", "role", "colour", "label")
@@ -111,7 +111,7 @@ def reading_shares(model: NVLMModel, tokenizer: Tokenizer, split: str, num_tiles
 def learn_to_read(
     model: NVLMModel, tokenizer: Tokenizer, seed: int, steps: int, log: Callable[[str], None], batch: int = 128
 ) -> None:
-    """Trains tower and projector of a model in fp32, in place."""
+    """Trains vision encoder and projector of a model in fp32, in place."""
     vocabulary = Vocabulary.of(tokenizer, model.config.tokens_per_tile)
     directions = vocabulary.directions(model.language_model.embed_tokens.weight)
     stream = TileStream(f"reading:{seed}", batch, vocabulary.target, thumbnails=True)

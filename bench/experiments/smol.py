@@ -24,7 +24,7 @@ from bench.reports.report import RESULTS, setting, table
 from nvlm_runtime import NVLM
 from nvlm_runtime.checkpoint.assembly import assemble
 from nvlm_runtime.checkpoint.bundled import BUNDLED
-from nvlm_runtime.checkpoint.joined import save_without_text_model
+from nvlm_runtime.checkpoint.composite import save_without_text_model
 from nvlm_runtime.checkpoint.sources import text_model_digest, text_model_path
 from nvlm_runtime.checkpoint.weights import load, read_json, write_json
 from nvlm_runtime.micro.dataset import documents_hash

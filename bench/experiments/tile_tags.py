@@ -2,7 +2,7 @@
 python -m bench.experiments.tile_tags [options]
 
 NVLM-D with no tags, 1-D, 2-D grid and 2-D box tags, NVLM-X with none and 1-D, each from three seeds: the micro models'
-sizes and tower, trained on the same rendered documents of two and three tiles in the same order, one a row (packed,
+sizes and vision encoder, trained on the same rendered documents of two and three tiles in one order, one a row (packed,
 longer tags would leave room for fewer), then asked about new ones, exact answers counted. A run takes minutes; finished
 ones are kept in the results, so the command goes on where it was stopped. A seed is of the weights, of the order of the
 data and of nothing else.
@@ -26,7 +26,7 @@ from nvlm_runtime import NVLM
 from nvlm_runtime.micro.document import GRIDS
 from nvlm_runtime.micro.evaluate import evaluate
 from nvlm_runtime.micro.questions import KINDS
-from nvlm_runtime.micro.train import Sizes, shared_documents, shared_tower, write_beginning
+from nvlm_runtime.micro.train import Sizes, shared_documents, shared_vision_encoder, write_beginning
 from nvlm_runtime.presets import PRESETS
 from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
 from nvlm_runtime.training.trainer import Trainer
@@ -43,8 +43,8 @@ def train(variant: str, tags: str, seed: int, args: argparse.Namespace) -> dict[
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = replace(PRESETS[f"micro-{variant}"], tile_tags=tags)
-        tower = shared_tower(args.work, 0, args.tower_steps, print)
-        write_beginning(config, seed, folder / "beginning", documents, tower)
+        reading = shared_vision_encoder(args.work, 0, args.vision_steps, print)
+        write_beginning(config, seed, folder / "beginning", documents, reading)
         recipe = Recipe(
             model=str(folder / "beginning"),
             out=str(folder / "run"),
@@ -141,9 +141,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", type=int, default=8, help="documents a step (default: %(default)s)")
     made.add_argument("--samples", type=int, default=500, help="questions (default: %(default)s)")
     made.add_argument("--variants", nargs="+", choices=FORMATS, default=list(FORMATS))
-    made.add_argument("--work", type=Path, default=Path("work"), help="tower and documents, as of nvlm train micro")
+    made.add_argument("--work", type=Path, default=Path("work"), help="of nvlm train micro: vision encoder, documents")
     made.add_argument("--num-documents", type=int, default=sizes.num_documents)
-    made.add_argument("--tower-steps", type=int, default=0, help="as of nvlm train micro (default: %(default)s)")
+    made.add_argument("--vision-steps", type=int, default=0, help="as of nvlm train micro (default: %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--json", type=Path, default=RESULTS / "tile_tags.json", help="(default: %(default)s)")
     made.add_argument("--png", type=picture_path, help="exact answers as bars (needs matplotlib)")
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if min(args.steps, args.rows, args.samples, args.num_documents, args.threads) < 1 or args.tower_steps < 0:
+    if min(args.steps, args.rows, args.samples, args.num_documents, args.threads) < 1 or args.vision_steps < 0:
         parser().error("--steps, --rows, --samples, --num-documents and --threads must be at least 1")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -108,8 +108,8 @@ def file_entries(model: NVLMModel) -> dict[str, Entry]:
 
 def _copies(model: NVLMModel, name: str, entry: Entry) -> int:
     size = model.group.size
-    is_whole_tower = name.startswith("vision_model.") and not isinstance(model.shard.vision, VisionShard)
-    if entry.axis is None or is_whole_tower:
+    is_whole_encoder = name.startswith("vision_model.") and not isinstance(model.shard.vision, VisionShard)
+    if entry.axis is None or is_whole_encoder:
         return size
     is_of_kv_heads = name.split(".")[-2] in ("k_proj", "v_proj")
     return max(1, size // model.config.text.num_key_value_heads) if is_of_kv_heads else 1

@@ -203,7 +203,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     micro.add_argument("--work", help="folder for the vision encoder and documents the variants share (default: work)")
     micro.add_argument("--steps", type=int, help="of the decoder, both stages together")
     micro.add_argument(
-        "--tower-steps", type=int, help="of the vision encoder; 0 takes the shipped models' vision encoder"
+        "--vision-steps", type=int, help="of the vision encoder; 0 takes the shipped models' vision encoder"
     )
     micro.add_argument("--documents", type=int, help="number of training pictures")
 

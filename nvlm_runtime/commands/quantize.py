@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nvlm_runtime.checkpoint.assembly import check_empty
-from nvlm_runtime.checkpoint.joined import whole_folder
+from nvlm_runtime.checkpoint.composite import whole_folder
 from nvlm_runtime.checkpoint.weights import DTYPES, load, open_tensors, save
 from nvlm_runtime.commands.loading import scheme_of_words
 from nvlm_runtime.inputs.tokenizer import Tokenizer

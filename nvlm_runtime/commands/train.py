@@ -66,15 +66,15 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-MICRO_OPTIONS = ("variant", "seed", "out", "work", "steps", "tower_steps", "documents")
+MICRO_OPTIONS = ("variant", "seed", "out", "work", "steps", "vision_steps", "documents")
 
 
 def _micro(args: argparse.Namespace) -> int:
     if args.variant is None or args.out is None:
         raise ValueError("train micro needs --variant and --out")
     if args.set:
-        raise ValueError("--set changes a recipe; `nvlm train micro` takes --steps, --tower-steps and --documents")
-    given = {"steps": args.steps, "tower_steps": args.tower_steps, "num_documents": args.documents}
+        raise ValueError("--set changes a recipe; `nvlm train micro` takes --steps, --vision-steps and --documents")
+    given = {"steps": args.steps, "vision_steps": args.vision_steps, "num_documents": args.documents}
     sizes = Sizes(**{name: value for name, value in given.items() if value is not None})
     out, work = Path(args.out), Path(args.work or "work")
     code = train_micro(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from nvlm_runtime.checkpoint.joined import whole_folder
+from nvlm_runtime.checkpoint.composite import whole_folder
 from nvlm_runtime.checkpoint.lora import load_lora
 from nvlm_runtime.checkpoint.lora import merge_lora as merge_adapters
 from nvlm_runtime.checkpoint.weights import Progress, checkpoint_digest, load

@@ -1,8 +1,8 @@
-"""A micro NVLM from seeds: a shared tower and shared documents, then the paper's two stages by the trainer.
+"""A micro NVLM from seeds: a shared vision encoder and shared documents, then the paper's two stages by the trainer.
 
 Everything is drawn from seeds. A work folder holds what the variants share, under names that say what it was made from,
 and is reused. Pretraining reads short documents and transcribes them, fine-tuning answers questions about all; in both
-the tower is frozen, and the decoder, which begins at random, learns.
+the vision encoder is frozen, and the decoder, which begins at random, learns.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from nvlm_runtime.inputs.image import open_image, plan_tiles, tile_pixels
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.micro.dataset import documents_hash, write_dataset
 from nvlm_runtime.micro.document import SIDE
-from nvlm_runtime.micro.tower import DenseHeads, fit_heads, pretrain
+from nvlm_runtime.micro.vision_encoder import DenseHeads, fit_heads, pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
@@ -33,23 +33,28 @@ Log = Callable[[str], None]
 BEGINNING, STAGES = "beginning", ("pretraining", "fine-tuning")
 PRETRAINING = 0.25  # of the steps
 ROWS = {"d": 4, "x": 2, "h": 2}  # a step: about as many documents, whose image tokens fill the rows of NVLM-D
-COMPILED_STEPS = 200  # of the tower; compiling it takes longer than fewer of them
+COMPILED_STEPS = 200  # of the vision encoder; compiling it takes longer than fewer of them
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run. steps: of the decoder, both stages together. tower_steps: 0 for the shipped models' tower. rows: of
-    1,024 tokens, a step; None for `ROWS`.
+    """How large a run is.
+
+    Attributes:
+        steps: of the decoder, both stages together.
+        vision_steps: of the vision encoder; 0 takes the shipped models' vision encoder.
+        num_documents: rendered documents to train on.
+        rows: sequences of 1,024 tokens per step; None is `ROWS` of the variant.
     """
 
     steps: int = 4500
-    tower_steps: int = 3000
+    vision_steps: int = 3000
     num_documents: int = 20000
     rows: int | None = None
 
     def __post_init__(self):
         rows = 1 if self.rows is None else self.rows
-        if min(self.num_documents, rows) < 1 or self.steps < 2 or self.tower_steps < 0:
+        if min(self.num_documents, rows) < 1 or self.steps < 2 or self.vision_steps < 0:
             raise ValueError(f"a micro model takes two steps or more, a document and a row at least, got {self}")
 
 
@@ -75,7 +80,7 @@ def init_weights(model: NVLMModel) -> None:
             nn.init.ones_(parameter)
 
 
-def shared_tower(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
+def shared_vision_encoder(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
     """Reads the vision encoder of the work folder and the heads that read it, pretrained first where there are none.
 
     Args:
@@ -91,11 +96,12 @@ def shared_tower(work: Path, seed: int, steps: int, log: Log) -> dict[str, Any]:
     if not path.exists():
         partial = path.with_suffix(".partial")
         if steps:
-            tower, heads = pretrain(MICRO_VISION, seed, log, steps, compile=steps >= COMPILED_STEPS)
+            encoder, heads = pretrain(MICRO_VISION, seed, log, steps, compile=steps >= COMPILED_STEPS)
         else:
-            tower = load(checkpoint_folder("micro-d"), dtype=torch.float32)[0].vision_model.eval()
-            heads = fit_heads(tower, seed, log)
-        torch.save({"tower": tower.state_dict(), "heads": heads.state_dict()}, partial)
+            encoder = load(checkpoint_folder("micro-d"), dtype=torch.float32)[0].vision_model.eval()
+            heads = fit_heads(encoder, seed, log)
+        # "tower": as work folders of earlier versions have it
+        torch.save({"tower": encoder.state_dict(), "heads": heads.state_dict()}, partial)
         partial.rename(path)
     return torch.load(path, weights_only=True)
 
@@ -155,7 +161,7 @@ def first_tiles(documents: Path, num: int = 50) -> Tensor:
     return torch.cat([tile_pixels(picture, plan_tiles(*picture.size, SIDE)) for picture in pictures])
 
 
-def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path, tower: Mapping[str, Any]) -> None:
+def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path, reading: Mapping[str, Any]) -> None:
     """Writes the model before its first step, as a checkpoint.
 
     Args:
@@ -163,14 +169,14 @@ def write_beginning(config: NVLMConfig, seed: int, folder: Path, documents: Path
         seed: of the new weights.
         folder: made where it does not exist.
         documents: folder of the dataset, whose first images scale the projector.
-        tower: state dicts as `shared_tower` returns them.
+        reading: state dicts as `shared_vision_encoder` returns them.
     """
     model, tokenizer = NVLMModel(config), make_tokenizer(config.text.vocab_size)
     heads = DenseHeads(MICRO_VISION.hidden_size)
-    heads.load_state_dict(tower["heads"])
+    heads.load_state_dict(reading["heads"])
     torch.manual_seed(seed)
     init_weights(model)
-    model.vision_model.load_state_dict(tower["tower"])
+    model.vision_model.load_state_dict(reading["tower"])
     model.eval()
     with torch.no_grad():
         features = model.encode(first_tiles(documents))
@@ -244,8 +250,8 @@ def train_micro(variant: str, seed: int, out: Path, work: Path, sizes: Sizes, re
     documents = shared_documents(work, seed, sizes.num_documents, log)
     if not (out / BEGINNING / "config.json").is_file():
         config = PRESETS[f"micro-{variant}"]
-        tower = shared_tower(work, seed, sizes.tower_steps, log)
-        write_beginning(config, seed, out / BEGINNING, documents, tower)
+        reading = shared_vision_encoder(work, seed, sizes.vision_steps, log)
+        write_beginning(config, seed, out / BEGINNING, documents, reading)
     code = run_stages(out, lambda name, *folders: stage(name, variant, seed, *folders, documents, sizes), log)
     if not code:
         _finish(out / STAGES[-1], out)

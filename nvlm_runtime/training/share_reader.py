@@ -113,7 +113,15 @@ class TensorPlanner(DefaultLoadPlanner):
     """A plan that reads tensors; torch's own would unpickle other entries without restrictions."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Raises ValueError: an entry of a checkpoint that is no tensor is never read."""
+        """Refuses an entry that is no tensor; it is never unpickled.
+
+        Args:
+            read_item: the entry.
+            value: its bytes, unread.
+
+        Raises:
+            ValueError: always; names the entry.
+        """
         raise ValueError(f"the entry {read_item.dest_index.fqn!r} is not a tensor")
 
     def create_local_plan(self) -> LoadPlan:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvlm_runtime.checkpoint.joined import whole_folder
+from nvlm_runtime.checkpoint.composite import whole_folder
 from nvlm_runtime.checkpoint.lora import add_lora, merge_lora, save_lora
 from nvlm_runtime.checkpoint.tensors import square_norm
 from nvlm_runtime.checkpoint.weights import Progress, load, save, write_json

@@ -7,7 +7,7 @@ from bench.experiments.reading import FIELDS, Vocabulary, reading_loss
 from nvlm_runtime.checkpoint.bundled import BUNDLED
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.micro.document import COLOURS, LABELS, Line, Shape, Tile
-from nvlm_runtime.micro.tower import ROLES, TileStream
+from nvlm_runtime.micro.vision_encoder import ROLES, TileStream
 
 
 @pytest.fixture(scope="module")

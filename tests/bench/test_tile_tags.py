@@ -52,7 +52,7 @@ def test_a_format_is_trained_with_its_tags(tmp_path, monkeypatch):
     loaded = []
     original = tile_tags.evaluate
     monkeypatch.setattr(tile_tags, "evaluate", lambda model, *a, **k: loaded.append(model) or original(model, *a, **k))
-    words = ["--steps", "2", "--rows", "1", "--samples", "3", "--num-documents", "24", "--tower-steps", "1"]
+    words = ["--steps", "2", "--rows", "1", "--samples", "3", "--num-documents", "24", "--vision-steps", "1"]
     args = tile_tags.parser().parse_args([*words, "--work", str(tmp_path / "work")])
     args.work.mkdir()
     for variant, tags in (("d", "bbox"), ("x", "none")):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nvlm_runtime.checkpoint.joined import save_without_text_model, whole_folder
+from nvlm_runtime.checkpoint.composite import save_without_text_model, whole_folder
 from nvlm_runtime.checkpoint.packed import is_packed, pack, unpack, unpack_file
 from nvlm_runtime.checkpoint.weights import load
-from tests.checkpoint.test_joined import text, trained  # noqa: F401
+from tests.checkpoint.test_composite import text, trained  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 INT8, INT4 = "mlp1.1.weight", "language_model.model.layers.0.cross_attn.up_proj.weight"

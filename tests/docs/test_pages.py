@@ -23,7 +23,7 @@ OLD_WORDS = re.compile(
     r"|\bpictures?\b|\broofs?\b|\bmay_look\b|\bimage slots?\b|\bnvlm look\b|--no-compile|generate_batch|max_rows",
     re.IGNORECASE,
 )
-ALLOWED = re.compile(r"--tower-steps|`tower`|picture\.png")
+ALLOWED = re.compile(r"picture\.png")
 
 
 def options() -> set[str]:

@@ -16,8 +16,9 @@ from nvlm_runtime.micro.dataset import FILES, QUESTIONS, document_at, write_data
 from nvlm_runtime.micro.document import CHARS, COLOURS, GRIDS, SIDE, draw, make_document
 from nvlm_runtime.micro.evaluate import evaluate, open_tag_mask
 from nvlm_runtime.micro.questions import KINDS, questions, transcription
-from nvlm_runtime.micro.tower import IGNORE as NO_TARGET
-from nvlm_runtime.micro.tower import (
+from nvlm_runtime.micro.train import Sizes, shared_vision_encoder, train_micro
+from nvlm_runtime.micro.vision_encoder import IGNORE as NO_TARGET
+from nvlm_runtime.micro.vision_encoder import (
     TARGETS,
     DenseHeads,
     TileStream,
@@ -26,7 +27,6 @@ from nvlm_runtime.micro.tower import (
     document_tiles,
     fit_heads,
 )
-from nvlm_runtime.micro.train import Sizes, shared_tower, train_micro
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model.vision import InternViT
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
@@ -130,7 +130,7 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("micro") / "work"
 
 
-SMALL = Sizes(steps=8, tower_steps=1, num_documents=12, rows=1)
+SMALL = Sizes(steps=8, vision_steps=1, num_documents=12, rows=1)
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
@@ -161,22 +161,22 @@ def test_a_micro_model_is_trained_and_a_stopped_run_goes_on(variant, work, tmp_p
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     vision = [name for name in whole if name.startswith("vision_model.")]
     before = load_file(tmp_path / "parts" / "beginning" / "model.safetensors")
-    assert all(torch.equal(whole[name], before[name].bfloat16()) for name in vision), "the tower is frozen"
+    assert all(torch.equal(whole[name], before[name].bfloat16()) for name in vision), "the vision encoder is frozen"
 
 
-def test_heads_are_fitted_to_the_shipped_tower(tmp_path, monkeypatch):
+def test_heads_are_fitted_to_the_shipped_vision_encoder(tmp_path, monkeypatch):
     """They read what it knows; it does not change by a bit."""
     short = partial(fit_heads, steps=60, batch=32)
     monkeypatch.setattr("nvlm_runtime.micro.train.fit_heads", short)
-    found = shared_tower(tmp_path, 0, 0, quiet)
+    found = shared_vision_encoder(tmp_path, 0, 0, quiet)
     shipped = NVLM.load("micro-d").model.vision_model.state_dict()
     assert all(torch.equal(found["tower"][name], weight.float()) for name, weight in shipped.items())
-    tower, heads = InternViT(MICRO_VISION).eval(), DenseHeads(MICRO_VISION.hidden_size)
-    tower.load_state_dict(found["tower"])
+    encoder, heads = InternViT(MICRO_VISION).eval(), DenseHeads(MICRO_VISION.hidden_size)
+    encoder.load_state_dict(found["tower"])
     heads.load_state_dict(found["heads"])
     pixels, targets = next(iter(TileStream("unseen", 64, partial(dense_target, side=8))))
     with torch.inference_mode():
-        shares = accuracy(heads(tower(pixels)), targets)
+        shares = accuracy(heads(encoder(pixels)), targets)
     assert min(shares.values()) > 0.9, shares
 
 
@@ -192,7 +192,7 @@ def test_both_stages_lower_the_loss(work, tmp_path):
     assert ends[0][1] < 0.9 * ends[0][0] and ends[1][1] < 0.9 * ends[1][0], ends
 
 
-@pytest.mark.parametrize("given", [{"steps": 1}, {"tower_steps": -1}, {"num_documents": 0}])
+@pytest.mark.parametrize("given", [{"steps": 1}, {"vision_steps": -1}, {"num_documents": 0}])
 def test_sizes_that_train_nothing(given):
     with pytest.raises(ValueError, match="two steps or more"):
         replace(Sizes(), **given)

@@ -1,5 +1,5 @@
 TESTS = ("tests/checkpoint/test_packed.py", "-k", "not tracked")
-FILE, JOINED = "nvlm_runtime/checkpoint/packed.py", "nvlm_runtime/checkpoint/joined.py"
+FILE, COMPOSITE = "nvlm_runtime/checkpoint/packed.py", "nvlm_runtime/checkpoint/composite.py"
 MUTATIONS = [
     (FILE, '"int4" if name.endswith(INT4_ENDS) else "int8"', '"int4"', "every linear is packed in int4"),
     (FILE, '"int4" if name.endswith(INT4_ENDS) else "int8"', '"int8"', "no linear is packed in int4"),
@@ -7,5 +7,5 @@ MUTATIONS = [
     (FILE, " or given.dtype != buffer.dtype", "", "a scale of another dtype is not looked at"),
     (FILE, "sorted(expected ^ set(stored))", "sorted(expected - set(stored))", "a tensor too many is not looked at"),
     (FILE, "sorted(expected ^ set(stored))", "sorted(set(stored) - expected)", "a missing tensor is not looked at"),
-    (JOINED, "linears = _linears(model) & set(tensors)", "linears = set()", "packed=True packs nothing"),
+    (COMPOSITE, "linears = _linears(model) & set(tensors)", "linears = set()", "packed=True packs nothing"),
 ]

@@ -1,8 +1,9 @@
-"""Pretrains the micro models' shared vision tower on a dense target: what has its centre in each patch.
+"""Pretrains the micro models' shared vision encoder on a dense target: what has its centre in each patch.
 
 Every patch of a rendered tile is asked for its glyph, and a glyph's patch also for its colour, its place in the
 line, its role and the label its tile carries; a shape's patches for shape and colour. Most patches are blank and
-weigh little. The tower is frozen afterwards, as in the paper; the heads only help a projector begin (`readout`).
+weigh little. The vision encoder is frozen afterwards, as in the paper; the heads only help a projector begin
+(`readout`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -102,7 +103,7 @@ class TileStream(torch.utils.data.IterableDataset):
 
 
 class DenseHeads(nn.Module):
-    """One linear classifier a target, on the tower's patch features."""
+    """One linear classifier a target, on the vision encoder's patch features."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -178,20 +179,20 @@ def pretrain(
         The vision encoder, frozen and in eval mode, and the heads that read it.
     """
     torch.manual_seed(seed)
-    tower, heads = InternViT(config), DenseHeads(config.hidden_size)
-    params = [*tower.parameters(), *heads.parameters()]
+    encoder, heads = InternViT(config), DenseHeads(config.hidden_size)
+    params = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
-    _fit(torch.compile(tower) if compile else tower, heads, optimizer, _batches(config, seed, batch), steps, log)
-    return tower.eval().requires_grad_(False), heads
+    _fit(torch.compile(encoder) if compile else encoder, heads, optimizer, _batches(config, seed, batch), steps, log)
+    return encoder.eval().requires_grad_(False), heads
 
 
 def fit_heads(
-    tower: InternViT, seed: int, log: Callable[[str], None], steps: int = 300, batch: int = 128, lr: float = 1e-2
+    encoder: InternViT, seed: int, log: Callable[[str], None], steps: int = 300, batch: int = 128, lr: float = 1e-2
 ) -> DenseHeads:
     """Trains heads on a vision encoder that has learned its target already; it does not change.
 
     Args:
-        tower: the vision encoder, in eval mode. It is frozen.
+        encoder: the vision encoder, in eval mode. It is frozen.
         seed: of weights and documents.
         log: called with a line now and then.
         steps: number of steps, 300 by default.
@@ -202,10 +203,10 @@ def fit_heads(
         The heads.
     """
     torch.manual_seed(seed)
-    tower.requires_grad_(False)
-    heads = DenseHeads(tower.config.hidden_size)
+    encoder.requires_grad_(False)
+    heads = DenseHeads(encoder.config.hidden_size)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    _fit(tower, heads, optimizer, _batches(tower.config, seed, batch), steps, log)
+    _fit(encoder, heads, optimizer, _batches(encoder.config, seed, batch), steps, log)
     return heads
 
 
@@ -236,4 +237,4 @@ def _fit(
         optimizer.step()
         if step % 25 == 0 or step == steps - 1:
             shares = " ".join(f"{name} {share:.3f}" for name, share in accuracy(outputs, targets).items())
-            log(f"tower step {step}/{steps} loss {loss.item():.3f} {shares}")
+            log(f"vision encoder step {step}/{steps} loss {loss.item():.3f} {shares}")

@@ -61,7 +61,7 @@ def whole_folder(name: str | Path, cache_folder: str | Path | None = None, group
             raise ValueError(
                 f"{folder} was trained beside another {text!r}: its hash is {found:.12}, not {text_digest:.12}"
             )
-        assembly = _join(folder, text)
+        assembly = _compose(folder, text)
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             assembly.save(whole)
@@ -83,12 +83,12 @@ def _text_model(folder: Path, values: Mapping[str, Any]) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def _join(folder: Path, text: str) -> Assembly:
+def _compose(folder: Path, text: str) -> Assembly:
     config = from_hf(read_json(folder / "config.json"))
     if config.cross is None:
         raise ValueError(f"{folder} is NVLM-D, which has learnt in its text model: it does not come without")
     if not is_packed(folder / SINGLE):
-        return _join_dense(folder, folder, config, text)
+        return _compose_dense(folder, folder, config, text)
     with tempfile.TemporaryDirectory() as scratch:
         dense = Path(scratch) / folder.name
         dense.mkdir()
@@ -96,10 +96,10 @@ def _join(folder: Path, text: str) -> Assembly:
         entries = file_entries(outline(config))
         shapes = {name: entry.shape for name, entry in entries.items() if not is_of_text_model(name)}
         unpack_file(folder / SINGLE, dense / SINGLE, shapes, DTYPE)
-        return _join_dense(dense, folder, config, text)
+        return _compose_dense(dense, folder, config, text)
 
 
-def _join_dense(part: Path, folder: Path, config: NVLMConfig, text: str) -> Assembly:
+def _compose_dense(part: Path, folder: Path, config: NVLMConfig, text: str) -> Assembly:
     """part: the folder with dense weights. folder: the one that messages name."""
     cross = config.cross
     assert cross is not None
@@ -154,8 +154,8 @@ def save_without_text_model(model: NVLMModel, text: str | Path, folder: Path, pa
         save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
         named = {TEXT_MODEL: {"name": source, "sha256": text_model_digest(source)}}
         write_json(partial / "config.json", to_hf(model.config, str(DTYPE).removeprefix("torch.")) | named)
-        joined = _tensors(_join(partial, source).model)
-        if wrong := {name for name in wanted if not joined[name].equal(wanted[name])}:
+        composed = _tensors(_compose(partial, source).model)
+        if wrong := {name for name in wanted if not composed[name].equal(wanted[name])}:
             raise ValueError(f"the model's text model is not {source!r} any more: {some(wrong)}")
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nvlm_runtime.checkpoint import joined
+from nvlm_runtime.checkpoint import composite
 from nvlm_runtime.checkpoint.assembly import assemble
-from nvlm_runtime.checkpoint.joined import save_without_text_model, whole_folder
+from nvlm_runtime.checkpoint.composite import save_without_text_model, whole_folder
 from nvlm_runtime.checkpoint.sources import text_model_digest
 from nvlm_runtime.checkpoint.weights import load
 from nvlm_runtime.engine.nvlm import NVLM
@@ -55,7 +55,7 @@ def test_it_is_put_together_once(trained, text, tmp_path, monkeypatch):
     save_without_text_model(trained.model, str(text), part)
     whole = whole_folder(part, cache)
     with monkeypatch.context() as patch:
-        patch.delattr(joined, "_join")
+        patch.delattr(composite, "_compose")
         assert whole_folder(part, cache) == whole
     tensors = load_file(part / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, part / "model.safetensors")
@@ -116,13 +116,13 @@ def test_another_process_may_be_first(trained, text, tmp_path, monkeypatch):
     whole = whole_folder(part, cache)
     kept = tmp_path / "kept"
     whole.rename(kept)
-    original = joined._join
+    original = composite._compose
 
     def join(*given):
         kept.rename(whole)
         return original(*given)
 
-    monkeypatch.setattr(joined, "_join", join)
+    monkeypatch.setattr(composite, "_compose", join)
     assert whole_folder(part, cache) == whole and names_in(cache) == [whole.name]
 
 

@@ -1,5 +1,5 @@
-TESTS = ("tests/checkpoint/test_joined.py",)
-FILE, SOURCES = "nvlm_runtime/checkpoint/joined.py", "nvlm_runtime/checkpoint/sources.py"
+TESTS = ("tests/checkpoint/test_composite.py",)
+FILE, SOURCES = "nvlm_runtime/checkpoint/composite.py", "nvlm_runtime/checkpoint/sources.py"
 ASSEMBLY = "nvlm_runtime/checkpoint/assembly.py"
 MUTATIONS = [
     (FILE, "if (found := text_model_digest(text)) != text_digest:", "if False:", "any text model will do"),
@@ -9,7 +9,7 @@ MUTATIONS = [
         '[path / "config.json"]',
         "no weights in the hash",
     ),
-    (FILE, "if not joined[name].equal(wanted[name])", "if False", "a text model that has learnt is left out"),
+    (FILE, "if not composed[name].equal(wanted[name])", "if False", "a text model that has learnt is left out"),
     (
         FILE,
         'if not (whole / "config.json").is_file():\n        if',
