@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from PIL import Image
@@ -368,6 +367,8 @@ def test_a_step_stands_beside_the_reads_around_it(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_gets_our_weights(kind, tmp_path):
     """Every tensor in the file, under llama.cpp's name, within a step of what it was made of."""
+    import gguf
+
     model = random_model(shape_config("micro", "d"), torch.bfloat16)
     read = write_gguf(model, kind, tmp_path / "model.gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}

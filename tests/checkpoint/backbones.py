@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
 import transformers
@@ -69,6 +68,8 @@ def save_gguf(
     """Writes the model. fields: override metadata, None leaves one out; `tensors=` what a function makes of the whole
     dict of arrays. Returns transformers' state dict with the numbers that the file really holds.
     """
+    import gguf
+
     config = model.config
     name = config.model_type
     kind = gguf.GGMLQuantizationType[quantised]
