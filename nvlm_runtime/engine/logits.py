@@ -55,8 +55,9 @@ class EagerLogits:
         view = None
         if sees_images:
             assert slots.cross is not None
-            view = CrossView(slots.cross, slots.interval.expand(-1, tokens.shape[1], -1))
-        past = make_past(positions, decoder.attention, slots.cache, num_visible)
+            intervals = slots.interval * slots.active[:, None, None]  # an inactive slot sees no image
+            view = CrossView(slots.cross, intervals.expand(-1, tokens.shape[1], -1))
+        past = make_past(positions, decoder.attention, slots.cache, num_visible, slots.active)
         hidden = decoder(decoder.embed_tokens(tokens), positions, past, view)
         return decoder.local_logits(hidden.flatten(0, 1))
 

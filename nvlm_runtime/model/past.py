@@ -75,7 +75,11 @@ def check_attention(attention: str, device: torch.device | str) -> None:
 
 
 def make_past(
-    positions: Tensor, attention: AttentionBackend, cache: KVCache | None = None, num_visible: int = 0
+    positions: Tensor,
+    attention: AttentionBackend,
+    cache: KVCache | None = None,
+    num_visible: int = 0,
+    active: Tensor | None = None,
 ) -> Past:
     """Chooses what a prompt, a chunk of one or a decode step sees.
 
@@ -85,6 +89,7 @@ def make_past(
         cache: the keys and values that the call writes into and reads; None for a call without a cache.
         num_visible: how many positions of the cache the call reads, more than any of `positions`.
             T of them are a whole prompt.
+        active: bool [B], which rows of a decode step read the cache at all; None for all.
 
     Returns:
         CausalPast, DecodePast or ChunkPast.
@@ -93,7 +98,7 @@ def make_past(
     if cache is None or num_visible == num_tokens:
         return CausalPast(positions, attention, cache)
     if num_tokens <= MAX_DECODE_TOKENS:
-        return DecodePast(positions, cache, num_visible)
+        return DecodePast(positions, cache, num_visible, active)
     return ChunkPast(positions, attention, cache, num_visible)
 
 
@@ -157,12 +162,14 @@ class DecodePast:
     Args:
         positions: int64 [B, T], consecutive along a row.
         cache: the keys and values that are written and read.
-        num_visible: how many of the cache's positions are read. An inactive row reads all of them.
+        num_visible: how many of the cache's positions are read at most.
+        active: bool [B]. A row that is not active reads nothing and gets 0. None for all rows.
     """
 
-    def __init__(self, positions: Tensor, cache: KVCache, num_visible: int):
+    def __init__(self, positions: Tensor, cache: KVCache, num_visible: int, active: Tensor | None = None):
         self._writer = _CacheWriter(cache.k, cache.v, positions, num_visible)
-        self._lengths = (positions[:, -1] + 1).clamp(max=num_visible)
+        lengths = (positions[:, -1] + 1).clamp(max=num_visible)
+        self._lengths = lengths if active is None else lengths * active
 
     def attend(self, qkv: Tensor, angles: Angles, num_heads: int, num_kv_heads: int) -> Tensor:
         """As `Past.attend`."""

@@ -11,8 +11,10 @@ import torch
 
 from nvlm_runtime.engine.graphs import CapturedRunner, CapturedStep
 from nvlm_runtime.engine.images import fingerprint
+from nvlm_runtime.engine.runner import Runner
 from nvlm_runtime.engine.sampling import Draw, GenerationParams
 from nvlm_runtime.engine.slots import BatchSlots, free_bytes
+from nvlm_runtime.model import cross, past
 from tests.engine.test_batch import LARGE, SMALL, fresh
 from tests.model.test_model import picture
 
@@ -37,7 +39,7 @@ def nothing_changes(slots: BatchSlots) -> Iterator[None]:
         assert torch.equal(tensor, before[name]), f"{name} changed"
 
 
-def active_rows(runner: CapturedRunner, rows: int = 3) -> BatchSlots:
+def active_rows(runner: Runner | CapturedRunner, rows: int = 3) -> BatchSlots:
     """Rows in the middle of an answer, with random contents."""
     generator = torch.Generator().manual_seed(0)
     cross_capacity = 20 if runner.model.config.cross else 0
@@ -187,3 +189,31 @@ def test_rows_one_by_one_are_warmed_up_at_both_alignments():
     assert fresh("d", deterministic=True, native=False).runner.batch_sizes(5) == (1, 2)
     assert fresh("d", deterministic=True, native=False).runner.batch_sizes(1) == (1,)
     assert fresh("d", native=False).runner.batch_sizes(3) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@torch.inference_mode()
+def test_inactive_rows_read_nothing(graphs, monkeypatch):
+    """Their lengths in self-attention are 0 and their image intervals empty: what their caches hold does not matter."""
+    runner = fresh("x", graphs=graphs, native=False).runner
+    slots = active_rows(runner)
+    for row in (0, 2):
+        slots.deactivate(row)
+    lengths, intervals = [], []
+    decode, tile = past.decode_attention, cross.tile_attention
+
+    def watch_decode(q, k, v, given):
+        lengths.append(given.tolist())
+        return decode(q, k, v, given)
+
+    def watch_tile(q, k, v, given, *rest):
+        intervals.append((given[..., 1] - given[..., 0]).flatten().tolist())
+        return tile(q, k, v, given, *rest)
+
+    monkeypatch.setattr(past, "decode_attention", watch_decode)
+    monkeypatch.setattr(cross, "tile_attention", watch_tile)
+    position = int(slots.position[1])
+    runner.step(slots, 3, 151, True, Draw.GREEDY)
+    layers = runner.model.config.text.num_hidden_layers
+    assert lengths[-layers:] == [[0, position + 1, 0]] * layers
+    assert intervals and all(seen == [0, 20, 0] for seen in intervals[-1:])

@@ -27,6 +27,18 @@ MUTATIONS = [
         "memory that the allocator holds counts as used",
     ),
     (
+        "nvlm_runtime/model/past.py",
+        "lengths if active is None else lengths * active",
+        "lengths",
+        "an inactive row reads its whole cache",
+    ),
+    (
+        "nvlm_runtime/engine/logits.py",
+        "slots.interval * slots.active[:, None, None]",
+        "slots.interval",
+        "an inactive row reads its last request's image",
+    ),
+    (
         SPLIT,
         '@triton.jit(do_not_specialize=["num_keys"])',
         "@triton.jit",

@@ -30,7 +30,7 @@ def decode_attention_ref(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: T
 
 
 def _one_length(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -> Tensor:
-    """The reference if every request sees the first `length` positions: slices them and needs no mask."""
+    """The reference if every request that sees any sees the first `length` positions: slices them, needs no mask."""
     q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, :length], v_cache[:, :length]))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
@@ -72,8 +72,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
             raise ValueError(
                 f"decode_attention: lengths must be within the {k_cache.shape[1]} positions, got {lengths.tolist()}"
             )
-        if q.shape[1] == 1 and len(known) == 1 and 0 not in known:
-            return _one_length(q, k_cache, v_cache, *known)
+        if q.shape[1] == 1 and len(known - {0}) == 1:
+            out = _one_length(q, k_cache, v_cache, *(known - {0}))
+            return torch.where(lengths[:, None, None, None] > 0, out, 0) if 0 in known else out
         return decode_attention_ref(q, k_cache, v_cache, lengths)
     check_kernel("decode_attention", q)
     if q.numel() == 0 or k_cache.shape[1] == 0:
