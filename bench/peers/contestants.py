@@ -19,7 +19,7 @@ from nvlm_runtime.engine.request import PreparedPrompt
 from nvlm_runtime.engine.sampling import GenerationParams
 
 # what of ours is timed, by name: keyword arguments of NVLM
-CONFIGURATIONS: dict[str, dict[str, Any]] = {"ours": {}}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {"ours": {"graphs": False}}
 ON_CUDA: dict[str, dict[str, Any]] = {"ours, graphs": {"graphs": True}}  # besides
 TOKEN = 9  # what prompts of a given length are made of
 

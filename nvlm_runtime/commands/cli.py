@@ -33,7 +33,11 @@ def _model_options(parser: argparse.ArgumentParser, model: str | None = "micro-d
         "--speculate", type=int, default=0, metavar="N", help="draft up to N tokens a step from the prompt's own words"
     )
     parser.add_argument("--check", action="store_true", help="name the first layer that gives inf or nan; slow")
-    parser.add_argument("--graphs", action="store_true", help="static buffers, captured into CUDA graphs on a GPU")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="static buffers, captured into CUDA graphs on a GPU (default: on a CUDA device)",
+    )
 
 
 def _style_option(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ from nvlm_runtime.engine.graphs import CapturedRunner
 from nvlm_runtime.engine.images import ImageCache, ImageEncoder, ImageHandle
 from nvlm_runtime.engine.logits import EagerLogits, NativeLogits
 from nvlm_runtime.engine.native import use_library
-from nvlm_runtime.engine.options import DtypeOption, NativeOption, Options, device_of, dtype_of
+from nvlm_runtime.engine.options import DtypeOption, GraphsOption, NativeOption, Options, device_of, dtype_of
 from nvlm_runtime.engine.request import PHASES, Output, PreparedPrompt, Request, check_ids
 from nvlm_runtime.engine.runner import Runner
 from nvlm_runtime.engine.sampling import GenerationParams
@@ -78,7 +78,7 @@ class NVLM(TextGenerator):
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         reuse: bool = True,
         deterministic: bool = False,
-        graphs: bool = False,
+        graphs: GraphsOption = "auto",
         native: NativeOption = "auto",
         cache_folder: str | Path | None = None,
         quantize: Mapping[str, str] | None = None,
@@ -97,7 +97,8 @@ class NVLM(TextGenerator):
             deterministic: Whether the bits of an answer do not depend on what else runs or ran. Requests then do not
                 batch in PyTorch, and `reuse` is off.
             graphs: Whether steps run on static buffers, captured into CUDA graphs on a GPU. Call `warmup` before the
-                first request, or they are captured on the way.
+                first request, or they are captured on the way. "auto" or None: on a CUDA device, unless `check` or
+                `speculate` is on.
             native: Whether attention and decoding run in C++ on a CPU, built at first use. "auto" is True where the
                 model is on a CPU in float32 or bfloat16 and there is a compiler.
             cache_folder: Folder of the built native library; None is the user's cache.
@@ -126,6 +127,7 @@ class NVLM(TextGenerator):
         library = options.library_for(model)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        captured = options.uses_graphs(self.device)
         in_fp32 = self.device.type == "cpu" and self.dtype == torch.bfloat16
         self.model = (with_inference_linears(model) if in_fp32 else view_of(model)).eval()
         if quantize:
@@ -142,9 +144,9 @@ class NVLM(TextGenerator):
         self.speculate = speculate
         self._watch = CompileWatch()
         backend = EagerLogits(self.model) if library is None else NativeLogits(self.model, library)
-        runner = Runner(self.model, backend, row_by_row=deterministic and library is None, allow_host_sync=not graphs)
-        self.runner = CapturedRunner(runner, self._watch.built) if graphs else runner
-        self._async_scheduling = graphs
+        runner = Runner(self.model, backend, row_by_row=deterministic and library is None, allow_host_sync=not captured)
+        self.runner = CapturedRunner(runner, self._watch.built) if captured else runner
+        self._async_scheduling = captured
         self.encoder = ImageEncoder(self.runner, ImageCache(image_cache_bytes))
         self._lock = threading.Lock()
         self._idle: Batch | None = None  # the buffers of the last single request
@@ -167,7 +169,7 @@ class NVLM(TextGenerator):
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
         reuse: bool = True,
         deterministic: bool = False,
-        graphs: bool = False,
+        graphs: GraphsOption = "auto",
         native: NativeOption = "auto",
         quantize: Mapping[str, str] | None = None,
         check: bool = False,

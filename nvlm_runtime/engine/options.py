@@ -14,6 +14,7 @@ from nvlm_runtime.model.adapter import AdaptedLinear
 from nvlm_runtime.model.model import NVLMModel
 
 NativeOption = bool | Literal["auto"]
+GraphsOption = bool | Literal["auto"] | None
 DtypeOption = torch.dtype | Literal["auto", "float32", "bfloat16", "float16", "float64"]
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -30,7 +31,7 @@ class Options:
     image_cache_bytes: int
     reuse: bool
     deterministic: bool
-    graphs: bool
+    graphs: GraphsOption
     native: NativeOption
     cache_folder: str | Path | None
     quantize: Mapping[str, str] | None
@@ -46,10 +47,18 @@ class Options:
             raise ValueError(f"speculate must be from 0 to {MAX_DECODE_TOKENS - 1} tokens, got {self.speculate}")
         if not isinstance(self.native, bool) and self.native != "auto":
             raise ValueError(f'native must be True, False or "auto", got {self.native!r}')
-        if self.graphs and self.native is True:
+        if self.graphs is not None and not isinstance(self.graphs, bool) and self.graphs != "auto":
+            raise ValueError(f'graphs must be True, False or "auto", got {self.graphs!r}')
+        if self.graphs is True and self.native is True:
             raise ValueError("graphs and native exclude each other: CUDA graphs capture PyTorch's kernels")
-        if self.check and (self.graphs or self.native is True):
+        if self.check and (self.graphs is True or self.native is True):
             raise ValueError("check reads the output of every layer in PyTorch: it excludes graphs and native")
+
+    def uses_graphs(self, device: torch.device) -> bool:
+        """Whether steps are captured: as `graphs` says; "auto" on a CUDA device, unless check or speculate is on."""
+        if isinstance(self.graphs, bool):
+            return self.graphs
+        return device.type == "cuda" and not self.check and not self.speculate
 
     def library_for(self, model: NVLMModel) -> NativeLibrary | None:
         """Loads the native library if these options and the model ask for it, and builds it at its first use.
@@ -71,15 +80,15 @@ class Options:
             )
         if self.native is True and model.group.size > 1:
             raise ValueError("native decoding runs in one process: it excludes a tensor-parallel group")
-        native = self.native
-        if self.graphs or self.check or adapted:
+        native, graphs = self.native, self.uses_graphs(next(model.parameters()).device)
+        if graphs or self.check or adapted:
             native = False
         elif native == "auto":
             weight = next(model.parameters())
             fits = weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES
             native = fits and model.group.size == 1 and is_available()
         found = load_library(None if self.cache_folder is None else Path(self.cache_folder)) if native else None
-        if self.speculate and (self.graphs or (self.deterministic and found is None)):
+        if self.speculate and (graphs or (self.deterministic and found is None)):
             raise ValueError(
                 "speculate draws several tokens per step: it excludes graphs, and deterministic in PyTorch"
             )

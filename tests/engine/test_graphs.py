@@ -1,12 +1,18 @@
 """Captured steps, run here without capture: the same answers, and nothing built after the warm-up."""
 
+import inspect
 import random
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
 
+from nvlm_runtime.commands.cli import _parser
+from nvlm_runtime.commands.loading import load_model
 from nvlm_runtime.engine.graphs import bucket_of, chunks_of_buckets
+from nvlm_runtime.engine.nvlm import NVLM
+from nvlm_runtime.engine.options import Options
 from nvlm_runtime.engine.sampling import GenerationParams
 from nvlm_runtime.engine.serving import Engine
 from nvlm_runtime.model.features import Features
@@ -135,3 +141,30 @@ def test_a_chunk_at_the_end_of_a_row_leaves_the_next_row_alone():
     while not batch.is_idle:
         batch.advance()
     assert [row.token_ids for row in rows] == alone
+
+
+def options(**given) -> Options:
+    parameters = inspect.signature(NVLM).parameters
+    defaults = {field.name: parameters[field.name].default for field in fields(Options)}
+    return Options(**defaults | given)
+
+
+@pytest.mark.parametrize("graphs", ["auto", None])
+def test_steps_are_captured_on_cuda_devices_by_default(graphs):
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert options().graphs == "auto"
+    assert options(graphs=graphs).uses_graphs(cuda) and not options(graphs=graphs).uses_graphs(cpu)
+    for other in ({"check": True}, {"speculate": 2}):
+        assert not options(graphs=graphs, **other).uses_graphs(cuda)
+    for asked in (True, False):
+        assert [options(graphs=asked).uses_graphs(device) for device in (cuda, cpu)] == [asked, asked]
+    with pytest.raises(ValueError, match="graphs must be True, False or .auto., got 'on'"):
+        options(graphs="on")
+
+
+@pytest.mark.parametrize("words, want", [([], None), (["--graphs"], True), (["--no-graphs"], False)], ids=str)
+def test_the_shell_passes_graphs_on(words, want, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(NVLM, "load", lambda name, **given: seen.update(given))
+    load_model(_parser().parse_args(["chat", *words]))
+    assert seen["graphs"] is want

@@ -27,7 +27,7 @@ MUTATIONS = [
     ),
     (
         "nvlm_runtime/engine/nvlm.py",
-        "self._async_scheduling = graphs",
+        "self._async_scheduling = captured",
         "self._async_scheduling = False",
         "captured steps are not scheduled ahead",
     ),

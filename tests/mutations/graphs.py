@@ -1,4 +1,4 @@
-TESTS = ("tests/engine/test_builds.py", "tests/kernels/test_split_variants.py")
+TESTS = ("tests/engine/test_builds.py", "tests/engine/test_graphs.py", "tests/kernels/test_split_variants.py")
 FILE = "nvlm_runtime/engine/graphs.py"
 SPLIT = "nvlm_kernels/ops/attention/split.py"
 MUTATIONS = [
@@ -37,6 +37,12 @@ MUTATIONS = [
         "slots.interval * slots.active[:, None, None]",
         "slots.interval",
         "an inactive row reads its last request's image",
+    ),
+    (
+        "nvlm_runtime/engine/options.py",
+        'return device.type == "cuda" and not',
+        "return not",
+        "steps run on static buffers on a CPU by default",
     ),
     (
         SPLIT,
