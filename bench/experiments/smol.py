@@ -33,8 +33,8 @@ from nvlm_runtime.micro.questions import KINDS
 from nvlm_runtime.micro.train import BEGINNING, STAGES, Sizes, first_tiles, run_stages, shared_documents, stage
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.parts import part_of
 from nvlm_runtime.training.recipe import PRECISIONS, Blend, Recipe
-from nvlm_runtime.training.trainer import part_of
 
 EVAL_SEED = 12345
 PART = "part"  # folder of a run: what is loaded beside the text model

@@ -16,10 +16,9 @@ from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.engine.nvlm import ROUNDING
 from nvlm_runtime.engine.slots import cache_bytes, free_bytes
 from nvlm_runtime.model.model import NVLMModel, outline
+from nvlm_runtime.model.parts import PARTS, part_of
 from nvlm_runtime.parallel.group import Group
 from nvlm_runtime.parallel.shard import VisionSplit, group_sizes
-from nvlm_runtime.training.recipe import PARTS
-from nvlm_runtime.training.trainer import part_of
 
 CHUNK = 512  # prompt tokens per prefill chunk
 TAG_TOKENS = 16  # at most, of a tile tag among NVLM-H's image keys

@@ -30,10 +30,10 @@ from nvlm_runtime.checkpoint.tensors import Entry, file_entries
 from nvlm_runtime.checkpoint.weights import DTYPES, read_json, some
 from nvlm_runtime.model.adapter import AdaptedLinear, LoraConfig, Rows
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.parts import PARTS, part_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, TEXT = "base_model.model.", "language_model."
-PARTS = ("vision", "projector", "cross", "decoder")
 # of adapter_config.json: what describes the file, chose the linears or drew the first weights, and changes no result
 SILENT = set(
     "auto_mapping base_model_name_or_path revision task_type peft_version inference_mode exclude_modules "
@@ -62,9 +62,9 @@ def _places(model: NVLMModel) -> dict[str, _Place]:
     if model.group.size > 1:
         raise ValueError("lora: expected a whole model, got one rank's share of a group")
     entries = {name.removesuffix(".weight"): entry for name, entry in file_entries(model).items()}
-    joined: dict[str, int] = {}
+    shares: dict[str, int] = {}
     for entry in entries.values():
-        joined[entry.parameter] = joined.get(entry.parameter, 0) + 1
+        shares[entry.parameter] = shares.get(entry.parameter, 0) + 1
     modules, places = dict(model.named_modules()), {}
     for name, entry in entries.items():
         path, _, kind = entry.parameter.rpartition(".")
@@ -72,11 +72,10 @@ def _places(model: NVLMModel) -> dict[str, _Place]:
         if kind != "weight" or not isinstance(module, nn.Linear) or name.endswith("lm_head"):
             continue
         rows = (0, module.out_features)
-        if joined[entry.parameter] > 1:
+        if shares[entry.parameter] > 1:
             (piece,) = entry.pieces
             rows = (piece.at, piece.at + piece.size)
-        top = {"vision_model": "vision", "mlp1": "projector"}.get(name.split(".")[0], "decoder")
-        places[name] = _Place("cross" if ".cross_attn." in name else top, path, rows, entry)
+        places[name] = _Place(part_of(name), path, rows, entry)
     return places
 
 

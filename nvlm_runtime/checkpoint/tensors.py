@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvlm_runtime.config import NVLMConfig
 from nvlm_runtime.model.model import NVLMModel, outline
+from nvlm_runtime.model.parts import part_of
 from nvlm_runtime.model.quantize import quantized_buffers
 from nvlm_runtime.parallel.group import SOLO, Group
 from nvlm_runtime.parallel.shard import TextShard, VisionShard, held_rows
@@ -96,8 +97,9 @@ def file_entries(model: NVLMModel) -> dict[str, Entry]:
     for parameter, tensor in model.named_parameters():
         if ".lora_A." in parameter or ".lora_B." in parameter:
             continue
-        part = parameter.split(".")[0]
-        entries_of = {"vision_model": _vision_entries, "mlp1": _projector_entries}.get(part, _decoder_entries)
+        entries_of = {"vision": _vision_entries, "projector": _projector_entries}.get(
+            part_of(parameter), _decoder_entries
+        )
         entries |= entries_of(model, parameter, tuple(tensor.shape))
     for name, buffer in quantized_buffers(model).items():
         entries[_file_name(name)] = Entry(name, tuple(buffer.shape))
@@ -108,7 +110,7 @@ def file_entries(model: NVLMModel) -> dict[str, Entry]:
 
 def _copies(model: NVLMModel, name: str, entry: Entry) -> int:
     size = model.group.size
-    is_whole_encoder = name.startswith("vision_model.") and not isinstance(model.shard.vision, VisionShard)
+    is_whole_encoder = part_of(name) == "vision" and not isinstance(model.shard.vision, VisionShard)
     if entry.axis is None or is_whole_encoder:
         return size
     is_of_kv_heads = name.split(".")[-2] in ("k_proj", "v_proj")
@@ -223,12 +225,7 @@ def parameter_counts(config: NVLMConfig) -> dict[str, int]:
     entries = file_entries(outline(config))
     counts = dict.fromkeys(("vision", "projector", "decoder", "cross"), 0)
     for name, entry in entries.items():
-        part = (
-            "cross"
-            if ".cross_attn." in name
-            else {"vision_model": "vision", "mlp1": "projector"}.get(name.split(".")[0])
-        )
-        counts[part or "decoder"] += math.prod(entry.shape)
+        counts[part_of(name)] += math.prod(entry.shape)
     return counts | {"total": sum(counts.values())}
 
 

@@ -24,6 +24,7 @@ from nvlm_runtime.micro.vision_encoder import DenseHeads, fit_heads, pretrain
 from nvlm_runtime.micro.vocabulary import make_tokenizer
 from nvlm_runtime.model.features import Features
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.parts import part_of
 from nvlm_runtime.presets import MICRO_VISION, PRESETS
 from nvlm_runtime.training.checkpoint import checkpoints
 from nvlm_runtime.training.recipe import Blend, Recipe, trained_parts
@@ -68,7 +69,7 @@ def init_weights(model: NVLMModel) -> None:
     """
     depth = (2 * len(model.language_model.layers)) ** -0.5
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("vision_model"):
+        if isinstance(module, nn.Linear) and part_of(name) != "vision":
             scale = depth if name.endswith(("o_proj", "down_proj")) else 1.0
             nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
             if module.bias is not None:

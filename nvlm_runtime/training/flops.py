@@ -7,6 +7,7 @@ Source: PaLM (arXiv 2204.02311) appendix B, "model FLOPs utilization".
 """
 
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.parts import PROJECTOR, VISION, part_of
 from nvlm_runtime.training.documents import IGNORE
 from nvlm_runtime.training.packing import PackedBatch
 
@@ -58,8 +59,8 @@ def linear_flops(model: NVLMModel, batch: PackedBatch) -> int:
     keys = sum(layout.cross_length for layout in batch.layouts)
     rows = {  # how many vectors are multiplied with a weight of these names
         "patch_embedding": tiles * vision.num_patches,
-        "vision_model.": tiles * (vision.num_patches + 1),
-        "mlp1.": _tiles(batch) * model.config.tokens_per_tile,
+        VISION: tiles * (vision.num_patches + 1),
+        PROJECTOR: _tiles(batch) * model.config.tokens_per_tile,
         "cross_attn.k_proj": keys,
         "cross_attn.v_proj": keys,
         "lm_head": int((batch.labels != IGNORE).sum()),
@@ -74,7 +75,7 @@ def linear_flops(model: NVLMModel, batch: PackedBatch) -> int:
             continue
         num = next(num for part, num in rows.items() if part in name)
         passes = 2 + parameter.requires_grad
-        if name.startswith("vision_model."):
+        if part_of(name) == "vision":
             passes = 1 if not learns else passes - ("patch_embedding" in name)  # pixels need no gradient
         found += 2 * num * parameter.numel() * passes
     return found

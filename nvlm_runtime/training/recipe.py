@@ -11,7 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-PARTS = ("vision", "projector", "cross", "decoder")
+from nvlm_runtime.model.parts import PARTS
+
 PRECISIONS = ("float32", "bfloat16")
 BUNDLED = Path(__file__).parent / "recipes"
 

@@ -27,6 +27,7 @@ from nvlm_runtime.checkpoint.tensors import square_norm
 from nvlm_runtime.checkpoint.weights import Progress, load, save, write_json
 from nvlm_runtime.inputs.tokenizer import Tokenizer
 from nvlm_runtime.model.model import NVLMModel
+from nvlm_runtime.model.parts import part_of
 from nvlm_runtime.model.quantize import scheme_of
 from nvlm_runtime.parallel.group import Mesh
 from nvlm_runtime.training.checkpoint import checkpoints, read_checkpoint, write_checkpoint
@@ -63,25 +64,12 @@ class Step:
     memory: int
 
 
-def part_of(parameter: str) -> str:
-    """Returns the recipe's name of the part that a parameter belongs to.
-
-    Args:
-        parameter: the parameter's name in the model.
-    """
-    if parameter.startswith("vision_model."):
-        return "vision"
-    if parameter.startswith("mlp1."):
-        return "projector"
-    return "cross" if ".cross_attn." in parameter else "decoder"
-
-
 def freeze(model: NVLMModel, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """Lets the named parts learn and no others, in place.
 
     Args:
         model: the model.
-        parts: of `recipe.PARTS`.
+        parts: of `model.parts.PARTS`.
 
     Returns:
         The parameters that learn, by name.

@@ -13,8 +13,8 @@ from nvlm_runtime import NVLM
 from nvlm_runtime.checkpoint.bundled import BUNDLED
 from nvlm_runtime.micro import train as micro
 from nvlm_runtime.micro.evaluate import evaluate
+from nvlm_runtime.model.parts import part_of
 from nvlm_runtime.presets import MICRO_TEXT
-from nvlm_runtime.training.trainer import part_of
 from tests.checkpoint.backbones import save_text_model, text_model
 
 

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from nvlm_runtime import NVLM
+from nvlm_runtime.model.parts import part_of
 from nvlm_runtime.training.checkpoint import checkpoints
 from nvlm_runtime.training.objective import Objective
 from nvlm_runtime.training.optimizer import Optimizer, learning_rate
 from nvlm_runtime.training.recipe import bundled_recipes, read_recipe
 from nvlm_runtime.training.records import BadRecord
 from nvlm_runtime.training.source import Source
-from nvlm_runtime.training.trainer import Trainer, part_of
+from nvlm_runtime.training.trainer import Trainer
 from tests.training.data import write_data, write_model
 
 VARIANTS = ("d", "x", "h")
