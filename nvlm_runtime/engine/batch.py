@@ -218,8 +218,11 @@ class Batch:
         for image, source in zip(prepared.layout.images, prepared.images, strict=True):
             if image.span[1] <= start:
                 continue  # the cache holds its tokens and its keys
+            encoding = self.encoder.start(source, image, request.timings)
+            while not encoding.done() and any(other.is_decoding for other in self._slots):
+                yield
+            handle = encoding.result()
             with torch.inference_mode():
-                handle = self.encoder.handle(source, image, request.timings)
                 if image.keys[1] > image.keys[0]:
                     slots.write_cross(slot.row, image.keys[0], self.encoder.keys_values(handle, image))
             if image.placeholders:

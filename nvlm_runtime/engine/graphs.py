@@ -2,9 +2,9 @@
 
 A captured step reads and writes tensors that live as long as it does, so the host replays it with one launch. There is
 one step for each tile count of an image, with nothing padded; one for each chunk length, a power of two, the last chunk
-padded by less than 32 tokens; and one for each batch size of a decode step, rounded up to a power of two. All share one
-memory pool. In a tensor-parallel group every rank builds the same steps in the same order, and their collectives are
-captured too.
+padded by less than 32 tokens; and one for each batch size of a decode step, rounded up to a power of two. Those of
+images share one memory pool and the others another, because images are encoded while rows decode. In a tensor-parallel
+group every rank builds the same steps in the same order, and their collectives are captured too.
 Without a GPU a step runs uncaptured: the same code on the same buffers, with the same dry runs.
 `bench.proofs.replay.check` then checks that it keeps the rules of CUDA graphs.
 """
@@ -98,7 +98,9 @@ class CapturedRunner:
         self.model = runner.model
         weight = self.model.language_model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        on_cuda = self.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
+        self._image_pool = torch.cuda.graph_pool_handle() if on_cuda else None
         self.model.language_model.rotary.frequencies(self.device)  # made on the host, once
         self.steps: dict[tuple, CapturedStep] = {}
         self._features: dict[int, Features] = {}  # by tile count: what encoding writes and projecting reads
@@ -109,7 +111,7 @@ class CapturedRunner:
 
     def release(self, slots: BatchSlots) -> None:
         """Drops the steps of slots that are no longer used."""
-        self.steps = {key: step for key, step in self.steps.items() if key[1] != id(slots)}
+        self.steps = {key: step for key, step in tuple(self.steps.items()) if key[1] != id(slots)}
 
     def refresh(self) -> None:
         """As `Runner.refresh`."""
@@ -191,7 +193,7 @@ class CapturedRunner:
         if name not in self.steps:
             step = build()
             with key[1].all_inactive() if isinstance(key[1], BatchSlots) else nullcontext():
-                step.build(self._pool)
+                step.build(self._image_pool if key[0] in ("encode", "project") else self._pool)
             self.steps[name] = step
             self._on_build(step.name)
         return self.steps[name]

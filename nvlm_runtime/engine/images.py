@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,12 @@ class ImageEncoder:
         self._lock = threading.RLock()
         self._version, self._fingerprint = -1, ""
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
+        self._stream: torch.cuda.Stream | None = None
+        self._aside: ThreadPoolExecutor | None = None
+        device = self.model.language_model.embed_tokens.weight.device
+        if device.type == "cuda" and self.model.group.size == 1:  # ranks must launch their collectives in one order
+            self._stream = torch.cuda.Stream(device)
+            self._aside = ThreadPoolExecutor(1, "nvlm-encode")
 
     @property
     def fingerprint(self) -> str:
@@ -233,6 +239,17 @@ class ImageEncoder:
                 self.cache.put(found)
             return found
 
+    def start(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> Future[ImageHandle]:
+        """As `handle`, without waiting for a GPU: a thread of its own encodes, on a CUDA stream of its own.
+
+        A CPU, and every rank of a group, has computed the handle when this returns.
+        """
+        if self._aside is not None and picture.handle is None:
+            return self._aside.submit(self.handle, picture, image, timings)
+        made: Future[ImageHandle] = Future()
+        made.set_result(self.handle(picture, image, timings))
+        return made
+
     def keys_values(self, handle: ImageHandle, image: ImageLayout) -> CrossKV:
         """A handle's keys and values where the layout has put them: their positions may count from another image's."""
         if image.first_key_position == 0 or self.model.config.cross.positions == "none":
@@ -241,6 +258,18 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def _encode(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+        if self._stream is None:
+            return self._encode_here(picture, image, timings)
+        used_by = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(used_by)
+        with torch.cuda.stream(self._stream):
+            handle = self._encode_here(picture, image, timings)
+        for tensor in (handle.tokens, *((handle.kv.k, handle.kv.v) if handle.kv else ())):
+            tensor.record_stream(used_by)  # its memory is not given away before that stream has read it
+        return handle
+
+    def _encode_here(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+        """Encodes on the current stream, and waits for this stream alone."""
         weight = self.model.language_model.embed_tokens.weight
         times = [time.perf_counter()]
         with record_function("nvlm.tile"):
@@ -279,4 +308,4 @@ class ImageEncoder:
     def _wait(tensor: torch.Tensor) -> None:
         """So that a stage's time is its own."""
         if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
+            torch.cuda.current_stream(tensor.device).synchronize()

@@ -1,4 +1,9 @@
-TESTS = ("tests/engine/test_builds.py", "tests/engine/test_graphs.py", "tests/kernels/test_split_variants.py")
+TESTS = (
+    "tests/engine/test_builds.py",
+    "tests/engine/test_encoding_aside.py",
+    "tests/engine/test_graphs.py",
+    "tests/kernels/test_split_variants.py",
+)
 FILE = "nvlm_runtime/engine/graphs.py"
 SPLIT = "nvlm_kernels/ops/attention/split.py"
 MUTATIONS = [
@@ -55,5 +60,23 @@ MUTATIONS = [
         "max(num_splits, _most_splits(q, k))",
         "num_splits",
         "the kernel is compiled for the number of splits",
+    ),
+    (
+        "nvlm_runtime/engine/batch.py",
+        "while not encoding.done() and any(other.is_decoding for other in self._slots):",
+        "while False:",
+        "rows wait until a picture has been encoded",
+    ),
+    (
+        "nvlm_runtime/engine/images.py",
+        "torch.cuda.current_stream(tensor.device).synchronize()",
+        "torch.cuda.synchronize(tensor.device)",
+        "encoding waits for the whole device",
+    ),
+    (
+        "nvlm_runtime/engine/images.py",
+        "        self._stream.wait_stream(used_by)\n",
+        "",
+        "encoding does not wait for what the weights wait for",
     ),
 ]
