@@ -167,15 +167,21 @@ class ImageCache:
 
 
 class ImageEncoder:
-    """runner: of the model. cache: the handles that are kept, until a weight changes in place. Any thread may call it,
-    one encodes at a time.
+    """Encodes images and keeps their handles. Any thread may call it; one encodes at a time.
+
+    No lock is held while an image's tiles are cut or the weights are read, which other threads' work may be part of.
+
+    Args:
+        runner: The model's.
+        cache: The handles that are kept, until a weight changes in place.
     """
 
     def __init__(self, runner: Runner | CapturedRunner, cache: ImageCache):
         self.runner, self.cache = runner, cache
         self.model = runner.model
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of the cache and the next two
         self._version, self._fingerprint = -1, ""
+        self._encoding = threading.Lock()  # of the runner: who holds it waits for no other thread
         self._threads = ThreadPoolExecutor(2, "nvlm-image")
         self._stream: torch.cuda.Stream | None = None
         self._aside: ThreadPoolExecutor | None = None
@@ -187,12 +193,16 @@ class ImageEncoder:
     @property
     def fingerprint(self) -> str:
         """Of the weights as they are now."""
+        version = self.model.version
         with self._lock:
-            version = self.model.version
+            if version == self._version:
+                return self._fingerprint
+        found = fingerprint(self.model)
+        with self._lock:
             if version != self._version:
-                self._version, self._fingerprint = version, fingerprint(self.model)
+                self._version, self._fingerprint = version, found
                 self.cache.clear()
-            return self._fingerprint
+        return found
 
     def open(self, sources: Iterable[Any]) -> tuple[ImageInput, ...]:
         """Opens the images of a request, in threads; their tiles are cut in threads too.
@@ -225,19 +235,29 @@ class ImageEncoder:
 
     def cached(self, key: str) -> ImageHandle | None:
         """Returns the handle in the cache under this `image_key`; None without one, and after a weight changed."""
+        made_by = self.fingerprint
         with self._lock:
-            return self.cache.get(key) if self.fingerprint else None
+            found = self.cache.get(key)
+        return found if found is not None and found.fingerprint == made_by else None
 
     def handle(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
         """A picture's handle, from the cache or computed now; adds to timings' tile, encode and project seconds."""
         if picture.handle is not None:
             return picture.handle
-        with self._lock:
-            found = self.cached(picture.key)
-            if found is None:
-                found = self._encode(picture, image, timings)
-                self.cache.put(found)
+        found = self.cached(picture.key)
+        if found is not None:
             return found
+        began = time.perf_counter()
+        with record_function("nvlm.tile"):
+            pixel_values = picture.pixel_values
+        timings["tile"] += time.perf_counter() - began
+        with self._encoding:
+            found = self.cached(picture.key)  # another thread may have encoded it meanwhile
+            if found is None:
+                found = self._encode(picture, pixel_values, image, timings)
+                with self._lock:
+                    self.cache.put(found)
+        return found
 
     def start(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> Future[ImageHandle]:
         """As `handle`, without waiting for a GPU: a thread of its own encodes, on a CUDA stream of its own.
@@ -257,25 +277,26 @@ class ImageEncoder:
         return self._keys_values(handle.tokens, image)
 
     @torch.inference_mode()
-    def _encode(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+    def _encode(
+        self, picture: ImageInput, pixel_values: Tensor, image: ImageLayout, timings: dict[str, float]
+    ) -> ImageHandle:
         if self._stream is None:
-            return self._encode_here(picture, image, timings)
+            return self._encode_here(picture, pixel_values, image, timings)
         used_by = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(used_by)
         with torch.cuda.stream(self._stream):
-            handle = self._encode_here(picture, image, timings)
+            handle = self._encode_here(picture, pixel_values, image, timings)
         for tensor in (handle.tokens, *((handle.kv.k, handle.kv.v) if handle.kv else ())):
             tensor.record_stream(used_by)  # its memory is not given away before that stream has read it
         return handle
 
-    def _encode_here(self, picture: ImageInput, image: ImageLayout, timings: dict[str, float]) -> ImageHandle:
+    def _encode_here(
+        self, picture: ImageInput, pixel_values: Tensor, image: ImageLayout, timings: dict[str, float]
+    ) -> ImageHandle:
         """Encodes on the current stream, and waits for this stream alone."""
         weight = self.model.language_model.embed_tokens.weight
         times = [time.perf_counter()]
-        with record_function("nvlm.tile"):
-            pixel_values = picture.pixel_values.to(weight.device, weight.dtype)
-        times.append(time.perf_counter())
-        features = self.runner.encode(pixel_values)
+        features = self.runner.encode(pixel_values.to(weight.device, weight.dtype))
         del pixel_values
         self._wait(features.patches)
         times.append(time.perf_counter())
@@ -283,7 +304,7 @@ class ImageEncoder:
         kv = self._keys_values(tokens, replace(image, first_key_position=0)) if self.model.config.cross else None
         self._wait(tokens)
         times.append(time.perf_counter())
-        for stage, began, ended in zip(("tile", "encode", "project"), times, times[1:]):
+        for stage, began, ended in zip(("encode", "project"), times, times[1:]):
             timings[stage] += ended - began
         return ImageHandle(picture.plan, picture.key, self.fingerprint, tokens, kv)
 
