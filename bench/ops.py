@@ -19,6 +19,7 @@ import triton
 
 from bench.proofs.cases import Call, Case
 from bench.proofs.cases.case import tensors_in
+from bench.proofs.errors import errors_of
 from bench.proofs.options import chosen, options
 from bench.reports.report import table, write
 from nvlm_runtime.analysis.devices import DEVICES
@@ -49,17 +50,12 @@ def time_case(fn: Callable[..., Any], call: Call) -> list[Timing]:
 
 
 def check(call: Call) -> None:
-    """No time without a right answer: ours against the reference in fp64, at most twice eager's error."""
-    wide = tuple(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in call.inputs)
-    with torch.no_grad():
-        pairs = zip(
-            *(tensors_in(fn(*x)) for fn, x in ((call.ref, wide), (call.ref, call.inputs), (call.op, call.inputs)))
-        )
-        for true, eager, ours in pairs:
-            allowed = 2 * (eager - true).abs().max() + torch.finfo(ours.dtype).eps * true.abs().max()
-            error = (ours - true).abs().max()
-            if not error <= allowed:
-                raise SystemExit(f"wrong answer: error {error:.2e}, allowed {allowed:.2e}; nothing was timed")
+    """No time without a right answer: outputs, gradients and caches, at most twice eager's error against fp64."""
+    for error in errors_of(call):
+        if not error.is_right:
+            raise SystemExit(
+                f"wrong answer: {error.what} errs by {error.error:.2e}, allowed {error.allowed:.2e}; nothing was timed"
+            )
 
 
 def measure(case: Case, ours_only: bool) -> list[dict[str, Any]]:

@@ -5,8 +5,10 @@
     trace.access["_fwd_kernel", "x_ptr"].loaded
 
 Every unmasked lane of every load and store is checked: an address that belongs to no element of any tensor the
-kernel was given raises OutOfBounds, so a guard zone or a stride's gap can never be touched unseen. Masked lanes
-without `other=` read NaN (a large number in integers), as a GPU may leave anything there; the bare interpreter reads 0.
+kernel was given raises OutOfBounds, so a guard zone or a stride's gap can never be touched unseen. Two programs of one
+launch that touch one element, one of them writing, raise Race, because a GPU runs them in any order; so do two lanes of
+one store. Masked lanes without `other=` read NaN (a large number in integers), as a GPU may leave anything there; the
+bare interpreter reads 0.
 A launch puts the interpreter's functions into the language once for every function on the device, not for every call.
 Works on triton 3.6 to 3.9, whose interpreters share these entry points.
 """
@@ -20,9 +22,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+NOBODY, MANY = -1, -2  # instead of a program's number: who touched an element
+
 
 class OutOfBounds(AssertionError):
     """A kernel touched memory that none of its tensor arguments holds."""
+
+
+class Race(AssertionError):
+    """What a kernel leaves in memory depends on the order in which its programs or lanes run."""
 
 
 @dataclass
@@ -52,6 +60,7 @@ class _Array:
         self.live = np.zeros(int(index.max()) + 1 if index.size else 0, dtype=bool)
         self.live[index] = True
         self.seen = {kind: np.zeros_like(self.live) for kind in ("loaded", "stored")}
+        self.reader, self.writer = (np.full(len(self.live), NOBODY, np.int64) for _ in range(2))
 
     def holds(self, addresses: np.ndarray) -> np.ndarray:
         at, offset = np.divmod(addresses - self.base, self.item)
@@ -59,8 +68,29 @@ class _Array:
         inside[inside] = self.live[at[inside]]
         return inside
 
-    def mark(self, addresses: np.ndarray, kind: str) -> None:
-        self.seen[kind][(addresses - self.base) // self.item] = True
+    def mark(self, addresses: np.ndarray, kind: str, program: int) -> None:
+        at = (addresses - self.base) // self.item
+        self.seen[kind][at] = True
+        others = [self.writer[at]] + ([self.reader[at]] if kind == "stored" else [])
+        for who in others:
+            clash = (who != NOBODY) & (who != program)
+            if clash.any():
+                kernel, name = self.key
+                how, whom = "written" if who is others[0] else "read", "several" if who[clash][0] == MANY else "another"
+                raise Race(
+                    f"{kernel}: element {at[clash][0]} of {name} is {kind} by program {program} and {how} by {whom}"
+                )
+        if kind == "stored":
+            self.writer[at] = program
+        else:
+            first = self.reader[at]
+            self.reader[at] = np.where((first == NOBODY) | (first == program), program, MANY)
+
+
+def _program() -> int:
+    """The number of the program that runs, in its launch."""
+    (x, y, z), (_, ny, nz) = interpreter.interpreter_builder.grid_idx, interpreter.interpreter_builder.grid_dim
+    return (x * ny + y) * nz + z
 
 
 @dataclass
@@ -101,6 +131,10 @@ class MemoryTrace:
                     access = trace.access[array.key]
                     access.unique_loaded += int(array.seen["loaded"].sum()) * array.item
                     access.unique_stored += int(array.seen["stored"].sum()) * array.item
+            except interpreter.InterpreterError as error:
+                if isinstance(error.__cause__, (OutOfBounds, Race)):
+                    raise error.__cause__ from None
+                raise
             finally:
                 trace._arrays = outer
 
@@ -132,7 +166,13 @@ class MemoryTrace:
 
     def _touch(self, pointers: np.ndarray, mask: np.ndarray, kind: str) -> None:
         pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))  # a mask of `&` may come as int32
-        left = np.unique(pointers[mask].astype(np.int64))
+        touched = pointers[mask].astype(np.int64)
+        left = np.unique(touched)
+        if kind == "stored" and len(left) < len(touched):
+            raise Race(
+                f"{len(touched) - len(left)} lanes of one store have the address of another, from {left[0]:#x} on"
+            )
+        program = _program()
         for array in self._arrays:
             if not len(left):
                 return
@@ -140,7 +180,7 @@ class MemoryTrace:
             if mine.any():
                 access = self.access[array.key]
                 setattr(access, kind, getattr(access, kind) + int(mine.sum()) * array.item)
-                array.mark(left[mine], kind)
+                array.mark(left[mine], kind, program)
                 left = left[~mine]
         if len(left):
             names = ", ".join(

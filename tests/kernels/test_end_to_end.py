@@ -2,11 +2,13 @@
 
 import copy
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.proofs.bf16 import exact_bf16
 from nvlm_kernels import _backend, row_statistics
 from nvlm_kernels._backend import INTERPRET
 from nvlm_runtime import NVLM
@@ -32,15 +34,17 @@ def on_reference(monkeypatch, run):
         return run()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
-def test_same_greedy_answer(variant, monkeypatch, memory, device):
-    model = NVLM.load(f"micro-{variant}", device=device)
+def test_same_greedy_answer(variant, dtype, monkeypatch, memory, device):
+    model = NVLM.load(f"micro-{variant}", device=device, dtype=dtype)
 
     def run():
         return model.generate(QUESTION.text, images=[draw(DOCUMENT)], max_new_tokens=8)
 
     want = on_reference(monkeypatch, run)
-    got = run()
+    with exact_bf16() if INTERPRET else nullcontext():
+        got = run()
     assert got.token_ids == want.token_ids and got.text == QUESTION.answer
     assert memory is None or len(memory.launches) > 100, "the answer came from the kernels"
 
