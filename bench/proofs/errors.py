@@ -109,13 +109,14 @@ def _run(fn: Callable[..., Any], inputs: list[Any], douts: list[Tensor], trained
 
 
 def _error(what: str, got: Tensor, eager: Tensor, exact: Tensor, terms: float) -> Error:
-    """terms: how many are summed into each element; rounding grows as its root."""
+    """terms: how many are summed into each element, in fp32 at least; rounding grows as the root of their number."""
     if got.numel() == 0:
         return Error(what, 0.0, 0.0, 0.0)
     if not got.is_floating_point():
         wrong = float((got != exact).any())
         return Error(what, wrong, 0.0, 0.0)
-    noise = torch.finfo(got.dtype).eps * terms**0.5 * exact.abs().max().item()
+    of_sum = min(torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps) * terms**0.5
+    noise = (torch.finfo(got.dtype).eps + of_sum) * exact.abs().max().item()
     error, of_eager = (_distance(tensor, exact) for tensor in (got, eager))
     return Error(what, error, of_eager, FACTOR * of_eager + noise if math.isfinite(of_eager) else math.inf)
 

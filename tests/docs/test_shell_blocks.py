@@ -22,6 +22,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "$ make test"): "installs an environment and runs every test",
     ("docs/guide.md", 'nvlm ask examples/receipt.png "What is the tax?" --model smol-x'): "builds smol-x first; "
     "tests of the checkpoint ask it",
+    ("docs/kernels.md", "$ python -m bench.gpu"): "needs a GPU; tests/bench/test_gpu_visit.py runs it on a CPU",
     ("docs/serving.md", "nvlm ask --tp 8"): "needs 8 GPUs",
     ("docs/serving.md", "torchrun"): "needs two machines",
     ("docs/serving.md", "pip install"): "needs Ray; examples/test_serve.py runs it",

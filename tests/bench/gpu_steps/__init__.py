@@ -1,0 +1,1 @@
+"""Steps that go wrong, for `test_gpu_visit`."""
