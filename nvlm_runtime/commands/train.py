@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
+MEAN_OF = 20  # steps whose mean loss the log shows
 MICRO_OPTIONS = ("variant", "seed", "out", "work", "steps", "vision_steps", "documents")
 
 
@@ -98,9 +101,10 @@ def _bar(console: Console, recipe: Recipe, done: int) -> Progress:
     return bar
 
 
-def _line(step: Step, peak: float) -> str:
+def _line(step: Step, losses: Sequence[float], peak: float) -> str:
+    """losses: of the last steps. One step's alone says more about its documents than about the run."""
     return (
-        f"loss {step.loss:.4f}  lr {step.lr:.2e}  norm {step.grad_norm:.2f}  "
+        f"loss {sum(losses) / len(losses):.4f} (mean of {len(losses)})  lr {step.lr:.2e}  norm {step.grad_norm:.2f}  "
         f"{step.tokens / step.seconds:,.0f} tokens/s  "
         f"{step.documents / step.seconds:.2f} documents/s  {step.flops / step.seconds / peak:.0%} of peak  "
         f"waiting {step.waited / step.seconds:.0%}"
@@ -108,10 +112,14 @@ def _line(step: Step, peak: float) -> str:
 
 
 def _shower(recipe: Recipe, console: Console, bar: Progress, writer: Any, peak: float) -> Any:
+    losses: deque[float] = deque(maxlen=MEAN_OF)
+
     def show(step: Step) -> None:
-        bar.update(bar.task_ids[0], completed=step.step, description=_line(step, peak))
+        losses.append(step.loss)
+        line = _line(step, losses, peak)
+        bar.update(bar.task_ids[0], completed=step.step, description=line)
         if not console.is_terminal and (step.step % recipe.log_every == 0 or step.step == recipe.steps):
-            print(f"step {step.step}/{recipe.steps}  {_line(step, peak)}", flush=True)
+            print(f"step {step.step}/{recipe.steps}  {line}", flush=True)
         if writer is not None:
             for name in ("loss", "lr", "grad_norm"):
                 writer.add_scalar(name, getattr(step, name), step.step)

@@ -1,13 +1,15 @@
 """Documents to batches: several in a row of tokens, none of which sees another.
 
-First fit, longest first, within a window of documents: the rows of a window are full but for its last ones, and what
-goes where depends on the window alone. A row's images are numbered through, so that one interval a token says what it
-sees of all their keys; `documents` says what it sees of the row.
+The documents of a window go into sequences that are drawn, so that lengths mix in every sequence as they do in random
+order: a step that saw documents of one length would learn that length of answer. The longest are placed first, so that
+the short ones fill the gaps. A sequence's images are numbered through, so that one interval per token says what it sees
+of all their keys; `documents` says what it sees of the sequence.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -46,21 +48,30 @@ class PackedBatch:
         return sum(end - start for row in self.documents for start, end in row)
 
 
-def fill_sequences(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Packs documents into sequences: each into the first that has room for it, the longest document first.
+def fill_sequences(lengths: Sequence[int], seq_len: int, random: Random) -> list[list[int]]:
+    """Packs documents into sequences: the longest first, each into one drawn from those that have room for it.
+
+    A sequence is drawn with a probability in proportion to the square of its room. Lengths then mix in a sequence as in
+    random order, while the sequences are as full as those of first fit, longest first.
 
     Args:
         lengths: tokens of each document, none above `seq_len`.
         seq_len: tokens of a sequence.
+        random: what draws.
 
     Returns:
-        Indices of documents per sequence, ascending.
+        Indices of documents per sequence, ascending. Their number is at least what all tokens need.
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((row for row, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
+    num = -(-sum(lengths) // seq_len)
+    rows: list[list[int]] = [[] for _ in range(num)]
+    room = [seq_len] * num
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    for index in sorted(order, key=lambda i: -lengths[i]):
+        fits = [row for row, left in enumerate(room) if left >= lengths[index]]
+        if fits:
+            place = random.choices(fits, [room[row] ** 2 for row in fits])[0]
+        else:
             rows.append([])
             room.append(seq_len)
             place = len(rows) - 1

@@ -162,9 +162,11 @@ class Source:
             if not documents:
                 raise ValueError(f"none of {self.window} rows can be learnt from: see the log")
             lengths = [len(document) for document in documents]
-            packed = fill_sequences(lengths, self.seq_len) if self.packed else [[i] for i in range(len(documents))]
-            random.Random(f"rows {self.seed} {number}").shuffle(packed)
-            groups = [packed[i : i + self.rows] for i in range(0, len(packed), self.rows)]
+            drawn, sequences = random.Random(f"rows {self.seed} {number}"), [[i] for i in range(len(documents))]
+            if self.packed:
+                sequences = fill_sequences(lengths, self.seq_len, drawn)
+            drawn.shuffle(sequences)
+            groups = [sequences[i : i + self.rows] for i in range(0, len(sequences), self.rows)]
             cut: dict[int, Future[Tensor]] = {}
             first = turn - skip  # of the stream's batches, the one that begins this window
             for given, group in enumerate(groups[skip:], skip + 1):

@@ -4,6 +4,12 @@ SOURCE, TRAINER = "nvlm_runtime/training/source.py", "nvlm_runtime/training/trai
 OPTIMIZER, PROMPT = "nvlm_runtime/training/optimizer.py", "nvlm_runtime/inputs/prompt.py"
 PAST, OBJECTIVE = "nvlm_runtime/model/past.py", "nvlm_runtime/training/objective.py"
 MUTATIONS = [
+    (
+        "nvlm_runtime/training/packing.py",
+        "place = random.choices(fits, [room[row] ** 2 for row in fits])[0]",
+        "place = fits[0]",
+        "sequences hold documents of one length",
+    ),
     (DOCUMENTS, "tuple(labels[1:])", "tuple(labels[:-1])", "labels are the tokens themselves"),
     (PROMPT, "writer.answers.append((start, ", "writer.answers.append((start - 1, ", "the prefix's newline is learnt"),
     (LAYOUT, "layout.intervals + first_key", "layout.intervals", "a packed document sees the first one's images"),

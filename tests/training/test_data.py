@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import random
+import statistics
 from collections import Counter
 
 import pytest
@@ -124,10 +126,56 @@ def test_a_picture_that_breaks_off_is_found_in_the_thread(tmp_path):
     source.close()
 
 
-def test_rows_are_filled_longest_first():
-    assert fill_sequences([3, 9, 4, 2, 6], 10) == [[1], [2, 4], [0, 3]]
-    rows = fill_sequences([5] * 7, 10)
-    assert [len(row) for row in rows] == [2, 2, 2, 1]
+LENGTHS = {
+    "of 20 to 300": lambda draw: draw.randint(20, 300),
+    "short and long": lambda draw: draw.choice((30, 30, 30, 300)) + draw.randint(0, 60),
+    "log-normal": lambda draw: min(1024, max(8, int(draw.lognormvariate(4.8, 0.8)))),
+}
+
+
+def in_random_order(lengths, seq_len, draw):
+    """One after the other, in sequences that are closed when the next document does not fit: 81 to 89 % full."""
+    rows, room = [[]], seq_len
+    for i in draw.sample(range(len(lengths)), len(lengths)):
+        if lengths[i] > room:
+            rows.append([])
+            room = seq_len
+        rows[-1].append(i)
+        room -= lengths[i]
+    return rows
+
+
+def spread(pack, length):
+    """Over 100 windows: how full sequences are, and of a sequence's lengths the mean's spread, and their own."""
+    full, means, within = [], [], []
+    for seed in range(100):
+        draw = random.Random(seed)
+        lengths = [length(draw) for _ in range(128)]
+        rows = pack(lengths, 1024, draw)
+        full.append(sum(lengths) / 1024 / len(rows))
+        found = [[lengths[i] for i in row] for row in rows]
+        means += map(statistics.mean, found)
+        within += [statistics.pstdev(row) for row in found if len(row) > 1]
+    return statistics.mean(full), statistics.pstdev(means), statistics.mean(within)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_mix_in_sequences_as_in_random_order(name):
+    full, means, within = spread(fill_sequences, LENGTHS[name])
+    _, random_means, random_within = spread(in_random_order, LENGTHS[name])
+    assert full >= 0.95
+    assert 0.75 * random_means < means < 1.4 * random_means
+    assert 0.9 * random_within < within < 1.25 * random_within
+
+
+def test_every_document_is_in_one_sequence_that_has_room():
+    for seed in range(20):
+        draw = random.Random(seed)
+        lengths = [draw.randint(1, 100) for _ in range(draw.randint(1, 60))]
+        rows, again = (fill_sequences(lengths, 100, random.Random(seed)) for _ in range(2))
+        assert rows == again
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        assert all(row and row == sorted(row) and sum(lengths[i] for i in row) <= 100 for row in rows)
 
 
 def stream(folder, state=None, **options):

@@ -1,5 +1,6 @@
 """Documents packed into rows are learnt as each would be alone; none of them sees another."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -65,7 +66,7 @@ def test_packed_is_unpacked(tmp_path, variant, positions):
         small_model(variant, **({} if variant == "d" else {"positions": positions, "ffn": "swiglu"})).double().train()
     )
     found = documents(tmp_path, model.config)
-    rows = fill_sequences([len(document) for document in found], 300)
+    rows = fill_sequences([len(document) for document in found], 300, random.Random(1))
     assert any(len(row) > 2 for row in rows)
     assert any(sum(bool(found[i].images) for i in row) > 1 for row in rows), "a row with pictures of two documents"
     packed = batch_of(found, model.config, rows)

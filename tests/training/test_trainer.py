@@ -173,7 +173,8 @@ def test_loss_falls_on_one_batch(tmp_path):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_accumulated_micro_batches_are_one_batch(tmp_path, recompute, precision):
     """Of different numbers of learnt tokens: the mean is over all of them. Recomputing changes nothing."""
-    given, within = {"steps": 3, "clip": 1e9, "precision": precision}, 1 if precision == "float32" else 200
+    given = {"steps": 3, "clip": 1e9, "precision": precision}
+    of_loss, of_norm = (1e-5, 1e-4) if precision == "float32" else (torch.finfo(torch.bfloat16).eps, 2e-2)
     recipes = (
         recipe_of(tmp_path, "h", rows=1, accumulate=4, recompute=str(recompute).lower(), **given),
         recipe_of(tmp_path, "h", out="b", rows=4, recompute="false", **given),
@@ -183,8 +184,8 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path, recompute, precision)
     for trainer in (small, large):
         trainer.source.close()
     assert a.learnt == b.learnt and a.tokens == b.tokens
-    assert abs(a.loss - b.loss) < within * 1e-5 * b.loss
-    assert abs(a.grad_norm - b.grad_norm) < within * 1e-4 * b.grad_norm
+    assert abs(a.loss - b.loss) < of_loss * b.loss
+    assert abs(a.grad_norm - b.grad_norm) < of_norm * b.grad_norm
 
 
 def test_bfloat16_has_masters_that_small_steps_are_not_lost_in(tmp_path):
