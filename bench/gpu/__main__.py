@@ -1,8 +1,8 @@
 """Everything that one visit to a GPU must bring home: `python -m bench.gpu [--budget SECONDS] [--out FOLDER]`.
 
 Steps run in order of value, each in a process of its own with a time limit. Results are written after every step, and
-one that fails, hangs or dies does not stop the next. The files: gpu.json, gpu.md, roofline.png, gaps.png,
-settings.json (proposed), trace.json.gz; with --sanitize and --ncu two more.
+one that fails, hangs or dies does not stop the next. The files: gpu.json, gpu.md, roofline.png, gaps.png and
+trace.json.gz; with --sanitize and --ncu two more.
 `--device cpu --quick` runs the same in Triton's interpreter, to try the script; its times say nothing.
 """
 
